@@ -1,0 +1,97 @@
+"""The async driver: flows on the running event loop, heartbeats as timers of that loop."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from idempotent._flow import Run, renew
+from idempotent._signals import TaskWaiter
+
+__all__ = ["ASYNC", "AsyncDriver", "finish"]
+
+R = TypeVar("R")
+
+
+async def finish(flow: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Run a closing flow to its end. Cancelled midway, it is run once more where cancellation does not reach it.
+
+    Every step is idempotent, so running it again is safe, and a call that is not cancelled pays for no task.
+    """
+    try:
+        return await flow()
+    except asyncio.CancelledError:
+        again = asyncio.ensure_future(flow())
+        while not again.done():
+            try:
+                await asyncio.wait([again])
+            except asyncio.CancelledError:
+                continue
+        again.exception()  # the cancellation is what the caller is told
+        raise
+
+
+class _Beats:
+    """The heartbeat of one run: a timer, and while a renewal is under way its task."""
+
+    __slots__ = ("_driver", "_loop", "_run", "_task", "_timer")
+
+    def __init__(self, driver: "AsyncDriver", run: Run) -> None:
+        self._driver = driver
+        self._run = run
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(run.plan.lease / 3, self._start)
+
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        pause: float | None = self._run.plan.lease / 3
+        try:
+            pause = await renew(self._driver, self._run)
+        except Exception as error:  # a faulty backend must not end the renewals
+            self._run.report("backend_error", error=error)
+        if pause is not None and self._timer is not None:
+            self._timer = self._loop.call_later(pause, self._start)
+
+    def drop(self) -> None:
+        """No further beats. A renewal that is under way goes on."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def still(self) -> None:
+        """No further beats, and none under way."""
+        self.drop()
+        if self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
+
+
+class AsyncDriver:
+    """Waits by suspending the task."""
+
+    now = staticmethod(time.monotonic)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def waiter(self) -> TaskWaiter:
+        return TaskWaiter()
+
+    def beat(self, run: Run) -> None:
+        run.beating = _Beats(self, run)
+
+    async def still(self, run: Run) -> None:
+        beats = run.beating
+        if beats is not None:
+            await beats.still()
+            run.beating = None
+
+    def drop(self, run: Run) -> None:
+        """End the beats without waiting: the coroutine is being closed and cannot."""
+        if run.beating is not None:
+            run.beating.drop()
+
+
+ASYNC = AsyncDriver()

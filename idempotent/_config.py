@@ -1,0 +1,239 @@
+"""Process-wide defaults, and the backends that URLs name."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Final, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from idempotent._options import Duration, seconds
+from idempotent.backends.base import Backend
+from idempotent.errors import ProcessLocalWarning
+from idempotent.events import Hook, log_event
+
+__all__ = ["DEFAULT", "Default", "Duration", "Settings", "configure", "open_backend", "seconds", "settings"]
+
+class Default(Enum):
+    """The type of DEFAULT: an option that was not given, so that `configure` decides it."""
+
+    DEFAULT = "default"
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT: Final = Default.DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The defaults of options that a decorator does not name; durations in seconds."""
+
+    backend: Backend | str | None = None
+    ttl: float = 86_400.0
+    lease: float = 30.0
+    wait: float | None = 30.0
+    error_ttl: Mapping[type[Exception], Duration] | None = None
+    on_crash: str | Callable[..., Any] = "rerun"
+    on_outage: Literal["raise", "run"] = "raise"
+    serializer: Any = None
+    hooks: tuple[Hook, ...] = (log_event,)
+
+
+settings = Settings()
+"""What `configure` last made. Replaced as a whole, so that `is` tells whether anything changed."""
+
+
+def configure(
+    *,
+    backend: Backend | str | None | Default = DEFAULT,
+    ttl: Duration | Default = DEFAULT,
+    lease: Duration | Default = DEFAULT,
+    wait: Duration | None | Default = DEFAULT,
+    error_ttl: Mapping[type[Exception], Duration] | None | Default = DEFAULT,
+    on_crash: str | Callable[..., Any] | Default = DEFAULT,
+    on_outage: Literal["raise", "run"] | Default = DEFAULT,
+    serializer: Any = DEFAULT,
+    hooks: Sequence[Hook] | Default = DEFAULT,
+) -> None:
+    """Set process-wide defaults for every decorated function; what is not named stays as it is.
+
+    Functions read them at their first call, not at import, and again when they change. What a decorator names itself
+    always wins. The options mean what they mean to `idempotent`.
+
+    Args:
+        backend: a Backend or its URL; None: `IDEMPOTENT_URL` in the environment, else a process-local backend.
+        ttl: seconds or timedelta; how long an outcome is replayed.
+        lease: seconds or timedelta; how long a claim stands unrenewed.
+        wait: seconds or timedelta a duplicate waits; 0: not at all; None: without limit.
+        error_ttl: errors to record and replay, and for how long.
+        on_crash: "rerun", "raise" or a probe.
+        on_outage: "raise" or "run".
+        serializer: how results become bytes; None: JSON by the return annotation.
+        hooks: callables that take each Event; an empty list: none. The default writes to the logger `idempotent`.
+
+    Raises:
+        TypeError, ValueError: an option is not what it should be; nothing is changed.
+    """
+    global settings
+    given: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("backend", backend),
+            ("ttl", ttl),
+            ("lease", lease),
+            ("wait", wait),
+            ("error_ttl", error_ttl),
+            ("on_crash", on_crash),
+            ("on_outage", on_outage),
+            ("serializer", serializer),
+            ("hooks", hooks),
+        )
+        if value is not DEFAULT
+    }
+    settings = replace(settings, **checked(given))
+
+
+def reset() -> None:
+    """Forget what `configure` set and which backends URLs opened. For tests."""
+    global settings, _said_local
+    settings = Settings()
+    _said_local = False
+    _backends.clear()
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with durations as seconds; a TypeError or ValueError that names the first wrong one."""
+    result = dict(options)
+    for name in ("ttl", "lease"):
+        if name in result:
+            result[name] = seconds(name, result[name])
+    if result.get("wait") is not None:
+        result["wait"] = seconds("wait", result["wait"], zero=True)
+    if result.get("error_ttl") is not None:
+        result["error_ttl"] = _error_ttl(result["error_ttl"])
+    backend = result.get("backend")
+    if backend is not None and not isinstance(backend, (str, Backend)):
+        raise TypeError(
+            f"backend must be a Backend or a URL, not {type(backend).__name__};"
+            " wrap a client or an engine: RedisBackend(client), SQLBackend(engine)"
+        )
+    if isinstance(backend, str):
+        check_url(backend)
+    on_crash = result.get("on_crash", "rerun")
+    if on_crash not in ("rerun", "raise") and not callable(on_crash):
+        raise ValueError(f'on_crash must be "rerun", "raise" or a callable probe, not {on_crash!r}')
+    if result.get("on_outage", "raise") not in ("raise", "run"):
+        raise ValueError(f'on_outage must be "raise" or "run", not {result["on_outage"]!r}')
+    if "hooks" in result:
+        result["hooks"] = tuple(result["hooks"])
+        for hook in result["hooks"]:
+            if not callable(hook):
+                raise TypeError(f"hooks must be callables that take an Event, not {hook!r}")
+    serializer = result.get("serializer")
+    if serializer is not None and not (hasattr(serializer, "dumps") and hasattr(serializer, "loads")):
+        raise TypeError(f"serializer must have dumps(value) and loads(bytes), which {serializer!r} has not")
+    return result
+
+
+def _error_ttl(table: Any) -> dict[type[Exception], float]:
+    if not isinstance(table, Mapping):
+        raise TypeError(f"error_ttl must be a mapping of exception classes to durations, not {table!r}")
+    result: dict[type[Exception], float] = {}
+    for cls, ttl in table.items():
+        if not (isinstance(cls, type) and issubclass(cls, Exception)):
+            raise TypeError(f"error_ttl names {cls!r}, which is no subclass of Exception")
+        result[cls] = seconds(f"error_ttl[{cls.__name__}]", ttl)
+    return result
+
+
+_REDIS = ("redis", "rediss", "unix")
+_SQL = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
+_SCHEMES = "local://, redis://, rediss://, unix://, sqlite:///, postgresql://, mysql://, mariadb://"
+
+
+def check_url(url: str) -> str:
+    """The scheme of `url`, without a driver. Raises ValueError for one that no backend serves; shows no password."""
+    scheme, separator, _ = url.partition("://")
+    scheme = scheme.partition("+")[0].lower()
+    if not separator or scheme not in ("local", *_REDIS, *_SQL):
+        raise ValueError(f"no backend serves the URL scheme {scheme!r}; there are {_SCHEMES}")
+    return scheme
+
+
+_backends: dict[str, Backend] = {}
+_lock = threading.Lock()
+
+
+def open_backend(url: str) -> Backend:
+    """The backend that `url` names: one per URL and process, however often it is asked for.
+
+    `local://` (option `maxsize=` in the query), `redis://`, `rediss://`, `unix://`, `sqlite:///file`, `postgresql://`,
+    `mysql://`, `mariadb://`. Options in the query: `prefix=` (Redis), `table=` (SQL), `timeout=` (seconds). Nothing
+    is connected before the first call.
+
+    Raises:
+        ValueError: no backend serves this URL.
+    """
+    with _lock:
+        backend = _backends.get(url)
+        if backend is None:
+            backend = _backends[url] = _open(url)
+        return backend
+
+
+def _open(url: str) -> Backend:
+    scheme = check_url(url)
+    if scheme == "local":
+        from idempotent.backends.local import LocalBackend
+
+        options = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
+        maxsize = options.pop("maxsize", "65536")
+        if options or not maxsize.isdecimal():
+            raise ValueError(f"local:// takes maxsize=, a whole number, and nothing else; not {options or maxsize!r}")
+        return LocalBackend(int(maxsize))
+    if scheme in _REDIS:
+        from idempotent.backends.redis import RedisBackend
+
+        return RedisBackend(url)
+    from idempotent.backends.sql import SQLBackend
+
+    return SQLBackend(url)
+
+
+def resolve_backend(given: Backend | str | None) -> Backend:
+    """The backend of a function that named `given`; None: the configured default."""
+    backend = settings.backend if given is None else given
+    if backend is None:
+        backend = os.environ.get("IDEMPOTENT_URL") or None
+    if backend is None:
+        _say_local_once()
+        backend = "local://"
+    return open_backend(backend) if isinstance(backend, str) else backend
+
+
+_said_local = False
+
+
+def _say_local_once() -> None:
+    global _said_local
+    if not _said_local:
+        _said_local = True
+        warnings.warn(
+            "no backend is configured, so records live in this process only and other processes run the same call"
+            " again; set IDEMPOTENT_URL or call configure(backend=...). configure(backend='local://') says it is meant",
+            ProcessLocalWarning,
+            stacklevel=2,
+        )
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

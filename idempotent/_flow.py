@@ -1,0 +1,844 @@
+"""The flows of one call: begin, settle, abandon, renew, and what operators do. Written once, as `async def`.
+
+A flow decides nothing about time, threads or tasks: it asks its Driver. The sync driver answers without ever
+suspending, the async one on the event loop, a test's scheduler as it pleases. No flow is alive while the user's
+function runs: the wrapper awaits `begin`, calls the function in its own frame, then awaits `settle` or `abandon`.
+
+Within one process duplicates meet in a Flight before the backend is asked: one leads, the others follow, and each
+decodes its own copy of what the leader recorded.
+"""
+
+import inspect
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from random import random
+from types import TracebackType
+from typing import Any, Protocol
+
+from idempotent import events
+from idempotent._record import (
+    ATTEMPT_BYTES,
+    Answer,
+    Busy,
+    Granted,
+    Mismatched,
+    Record,
+    RecordId,
+    Settled,
+    Unknown,
+)
+from idempotent._signals import TaskWaiter, ThreadWaiter
+from idempotent.backends.base import Backend
+from idempotent.errors import (
+    BackendError,
+    BackendUnavailable,
+    CallError,
+    FingerprintMismatch,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultUnavailable,
+    SerializationError,
+    UnprotectedWarning,
+)
+from idempotent.events import EventName, Hook
+from idempotent.serializers import Codec, decode_error, encode_error
+
+DONE = "-"
+"""The codec of an outcome of which only "it was done" was to be kept."""
+UNAVAILABLE = "!"
+"""The codec of an outcome that could not be encoded; the body says why."""
+ERROR = "error1"
+"""The codec of recorded errors."""
+
+_MARGIN = 0.01
+"""The part of a lease that local validity leaves out, for clocks that do not run at one speed."""
+
+
+class Driver(Protocol):
+    """How a flow waits: the difference between threads, tasks and a test's scheduler."""
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Let `seconds` pass."""
+        ...
+
+    def waiter(self) -> ThreadWaiter | TaskWaiter:
+        """A wait of the caller's own, that other threads and loops can end."""
+        ...
+
+    def beat(self, run: "Run") -> None:
+        """Call `renew(run)` every third of its lease until `still`."""
+        ...
+
+    async def still(self, run: "Run") -> None:
+        """Stop the beats of `run` and wait for one that is under way."""
+        ...
+
+
+class Applied:
+    """A probe's answer: the effect of the dead run took place, and this is its result."""
+
+    __slots__ = ("result",)
+
+    def __init__(self, result: Any = None) -> None:
+        self.result = result
+
+    def __repr__(self) -> str:
+        return "Applied(...)"
+
+
+class NotApplied:
+    """A probe's answer: the effect did not take place; one asker may run the function."""
+
+    __slots__ = ()
+
+
+class StillUnknown:
+    """A probe's answer: it cannot be told yet; the caller gets OutcomeUnknown."""
+
+    __slots__ = ()
+
+
+class Plan:
+    """What one decorated function asked for, with the defaults filled in; durations in seconds."""
+
+    __slots__ = (
+        "backend",
+        "codec",
+        "error_ttl",
+        "flights",
+        "hooks",
+        "keep_result",
+        "lease",
+        "namespace",
+        "probe",
+        "run_on_outage",
+        "stats",
+        "takeover",
+        "ttl",
+        "wait",
+    )
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        flights: "Flights",
+        codec: Codec,
+        namespace: str,
+        ttl: float,
+        lease: float,
+        wait: float | None,
+        keep_result: bool,
+        error_ttl: Mapping[type[Exception], float],
+        on_crash: str | Callable[..., Any],
+        run_on_outage: bool,
+        hooks: tuple[Hook, ...],
+        stats: dict[EventName, int],
+    ) -> None:
+        self.backend = backend
+        self.flights = flights
+        self.codec = codec
+        self.namespace = namespace
+        self.ttl = ttl
+        self.lease = lease
+        self.wait = wait
+        self.keep_result = keep_result
+        self.error_ttl = error_ttl
+        self.takeover = on_crash == "rerun"
+        self.probe = None if isinstance(on_crash, str) else on_crash
+        self.run_on_outage = run_on_outage
+        self.hooks = hooks
+        self.stats = stats
+
+    @property
+    def keep(self) -> float | None:
+        """How long a running record is kept past its lease: for ever where a dead run has to be settled."""
+        return self.ttl if self.takeover else None
+
+
+class Run:
+    """One call: first its question, then, once granted, its claim."""
+
+    __slots__ = (
+        "arguments",
+        "attempt",
+        "beating",
+        "claiming",
+        "fingerprint",
+        "flight",
+        "lost",
+        "plan",
+        "rid",
+        "token",
+        "unprotected",
+        "valid_until",
+    )
+
+    def __init__(self, plan: Plan, rid: RecordId, fingerprint: bytes, arguments: Callable[[], Mapping[str, Any]]):
+        self.plan = plan
+        self.rid = rid
+        self.fingerprint = fingerprint
+        self.arguments = arguments
+        self.attempt = os.urandom(ATTEMPT_BYTES)
+        self.token: int | None = None
+        """The fencing token; None until the claim is confirmed."""
+        self.claiming = False
+        """A claim was sent and its reply has not come."""
+        self.unprotected = False
+        """The backend was out, and the function runs all the same."""
+        self.valid_until = 0.0
+        """Monotonic seconds until which nobody else can have taken over."""
+        self.lost = False
+        self.beating: Any = None
+        """The driver's own mark while it beats for this run."""
+        self.flight: Flight | None = None
+
+    def report(
+        self,
+        name: EventName,
+        *,
+        token: int | None = None,
+        age: float | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Count the event and tell the hooks."""
+        plan = self.plan
+        plan.stats[name] = plan.stats.get(name, 0) + 1
+        if events.wanted(plan.hooks, name):
+            token = self.token if token is None else token
+            kind = None if error is None else type(error).__name__
+            event = events.Event(name, plan.namespace, self.rid.digest, plan.backend.name, token, age, kind)
+            events.dispatch(plan.hooks, event)
+
+
+class Call:
+    """The call that is running, as its function sees it through `current_call()`; a probe gets one too."""
+
+    __slots__ = ("_driver", "_outer", "_over", "_run")
+
+    def __init__(self, driver: Driver, run: Run) -> None:
+        self._driver = driver
+        self._run = run
+        self._outer = _current.get()
+        self._over = False
+
+    @property
+    def key(self) -> str:
+        """The key, without its namespace."""
+        return self._run.rid.key
+
+    @property
+    def token(self) -> int:
+        """The fencing token: it only grows for a key. 0 for a run without a claim, and for a probe."""
+        return self._run.token or 0
+
+    @property
+    def attempt(self) -> str:
+        """Hex id of this attempt."""
+        return self._run.attempt.hex()
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The call's arguments by parameter name, defaults applied."""
+        return self._run.arguments()
+
+    @property
+    def lease_lost(self) -> bool:
+        """Whether another call may run by now: the lease ran out unrenewed, or the backend says so."""
+        run = self._run
+        if not run.lost and run.token is not None and self._driver.now() >= run.valid_until:
+            run.lost = True
+        return run.lost
+
+    def check(self) -> None:
+        """Raise LeaseLost if `lease_lost`: call it before an effect that must not happen twice."""
+        if self.lease_lost:
+            raise LeaseLost(self._run.rid.digest, token=self.token)
+
+    def downstream_key(self, name: str) -> str:
+        """An idempotency key for another service: the same for every attempt at this key, another for every `name`.
+
+        32 hexadecimal characters; it tells nothing about the key.
+        """
+        return RecordId(self._run.rid.text, name, "d").digest[:32]
+
+    def __repr__(self) -> str:
+        return f"<Call {self._run.rid.digest} token={self.token}>"
+
+
+class Running:
+    """While the function runs: `current_call()` is this call."""
+
+    __slots__ = ("_call", "_token")
+
+    def __init__(self, driver: Driver, run: Run) -> None:
+        self._call = Call(driver, run)
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._call)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._call._over = True
+        try:
+            _current.reset(self._token)
+        except ValueError:
+            pass  # a coroutine that was thrown away is closed in another context than it ran in
+
+
+_current: ContextVar[Call | None] = ContextVar("idempotent_call", default=None)
+
+
+def current_call() -> Call | None:
+    """The call whose function is running in this thread or task; None outside a decorated function."""
+    call = _current.get()
+    return None if call is None or call._over else call
+
+
+class Flight:
+    """The calls with one key in one process: a leader, and those who wait for what it brings."""
+
+    __slots__ = ("fingerprint", "landed", "outer", "run", "settled", "stored", "trusted_until", "waiters")
+
+    def __init__(self, run: Run, trusted_until: float) -> None:
+        self.run = run
+        self.fingerprint = run.fingerprint
+        self.trusted_until = trusted_until
+        """Monotonic seconds after which followers ask the backend themselves: the leader may be dead."""
+        self.landed = False
+        self.settled: Settled | None = None
+        self.stored = True
+        self.waiters: set[ThreadWaiter | TaskWaiter] = set()
+
+
+class Flights:
+    """The flights of one backend in this process, whatever the colour of the calls."""
+
+    __slots__ = ("__weakref__", "_by_key", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_key: dict[str, Flight] = {}
+        _all_flights.add(self)
+
+    def board(self, run: Run, now: float, trust: float) -> Flight | None:
+        """The flight to follow, or None: `run` leads now.
+
+        A call with other arguments, or one that will not wait, goes to the backend on its own. A flight whose leader
+        has not been heard of in time (its event loop may be gone) is given up, and led anew.
+        """
+        key = run.rid.text
+        with self._lock:
+            flight = self._by_key.get(key)
+            if flight is not None and now < max(flight.trusted_until, flight.run.valid_until):
+                other = flight.fingerprint and run.fingerprint and flight.fingerprint != run.fingerprint
+                return None if other or run.plan.wait == 0 else flight
+            run.flight = self._by_key[key] = Flight(run, now + trust)
+        return None
+
+    def join(self, flight: Flight, waiter: ThreadWaiter | TaskWaiter) -> bool:
+        """Have `waiter` woken when `flight` lands; False: it has landed."""
+        with self._lock:
+            if not flight.landed:
+                flight.waiters.add(waiter)
+            return not flight.landed
+
+    def leave(self, flight: Flight, waiter: ThreadWaiter | TaskWaiter) -> None:
+        """Take `waiter` off the list."""
+        with self._lock:
+            flight.waiters.discard(waiter)
+
+    def land(self, run: Run, settled: Settled | None = None, *, stored: bool = True) -> None:
+        """End the flight that `run` leads, with what it brought or nothing. May be called twice."""
+        flight = run.flight
+        if flight is None:
+            return
+        with self._lock:
+            if self._by_key.get(run.rid.text) is flight:
+                del self._by_key[run.rid.text]
+            if flight.landed:
+                return
+            flight.settled = settled
+            flight.stored = stored
+            flight.landed = True
+            waiters, flight.waiters = flight.waiters, set()
+        for waiter in waiters:
+            waiter.wake()
+
+    def reset(self) -> None:
+        """Forget every flight: their leaders are threads of the parent process."""
+        self._lock = threading.Lock()
+        self._by_key = {}
+
+
+_all_flights: weakref.WeakSet[Flights] = weakref.WeakSet()
+_of_backend_lock = threading.Lock()
+_of_backend: weakref.WeakKeyDictionary[Backend, Flights] = weakref.WeakKeyDictionary()
+
+
+def flights_of(backend: Backend) -> Flights:
+    """The flights of calls on `backend`."""
+    with _of_backend_lock:
+        flights = _of_backend.get(backend)
+        if flights is None:
+            flights = _of_backend[backend] = Flights()
+        return flights
+
+
+def _after_fork() -> None:
+    global _of_backend_lock
+    _of_backend_lock = threading.Lock()
+    for flights in list(_all_flights):
+        flights.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Replay:
+    """What a call returns: the value and how it was come by. Made by `begin` for duplicates, by `settle` for runs."""
+
+    __slots__ = ("age", "replayed", "stored", "token", "value")
+
+    def __init__(self, value: Any, *, replayed: bool, stored: bool, token: int, age: float) -> None:
+        self.value = value
+        self.replayed = replayed
+        self.stored = stored
+        self.token = token
+        self.age = age
+
+
+async def begin(driver: Driver, run: Run) -> Replay | None:
+    """Claim the key for `run`, or answer it from what another call recorded. None: the function is to run now.
+
+    Raises:
+        FingerprintMismatch, InProgress, OutcomeUnknown, ResultUnavailable: as the outcome table says.
+        BackendUnavailable: the claim could not be confirmed; nothing ran.
+        Exception: a recorded error, rebuilt.
+    """
+    plan = run.plan
+    _refuse_reentry(driver, run)
+    until = None if plan.wait is None else driver.now() + plan.wait
+    while True:
+        flight = plan.flights.board(run, driver.now(), _trust(plan))
+        if flight is None:
+            break
+        followed = await _follow(driver, run, flight, until)
+        if followed is not None:
+            return followed
+    try:
+        settled = await _ask(driver, run, until)
+        if settled is None:
+            driver.beat(run)
+            return None
+    except BackendUnavailable as error:
+        if not plan.run_on_outage:
+            plan.flights.land(run)
+            raise
+        run.claiming = False
+        run.unprotected = True
+        run.report("unprotected", error=error)
+        warnings.warn(
+            f"{plan.namespace} runs without protection, as its backend is out and on_outage is 'run': {error}",
+            UnprotectedWarning,
+            stacklevel=2,
+        )
+        return None
+    except Exception:
+        plan.flights.land(run)
+        raise
+    plan.flights.land(run, settled)
+    return _replay(run, settled)
+
+
+def _refuse_reentry(driver: Driver, run: Run) -> None:
+    """A call under its own key, from inside its own function, would wait for itself."""
+    outer = _current.get()
+    while outer is not None and not outer._over:
+        if outer._run.rid == run.rid and outer._run.plan.flights is run.plan.flights:
+            run.report("busy")
+            raise InProgress(
+                run.rid.digest,
+                retry_after=max(0.0, outer._run.valid_until - driver.now()),
+                detail="the function called itself with its own key, and would wait for itself for ever",
+            )
+        outer = outer._outer
+
+
+def _trust(plan: Plan) -> float:
+    return 2 * plan.backend.timeout + plan.lease
+
+
+async def _follow(driver: Driver, run: Run, flight: Flight, until: float | None) -> Replay | None:
+    """Wait for the leader's outcome. None: it brought none, or is not heard of; ask again."""
+    flights = run.plan.flights
+    run.report("waited")
+    waiter = driver.waiter()
+    if flights.join(flight, waiter):
+        try:
+            while not flight.landed:
+                now = driver.now()
+                trusted = max(flight.trusted_until, flight.run.valid_until) - now
+                left = trusted if until is None else min(trusted, until - now)
+                if left <= 0:
+                    break
+                await waiter.wait(left)
+        finally:
+            flights.leave(flight, waiter)
+    if flight.landed and flight.settled is not None:
+        return _replay(run, flight.settled, stored=flight.stored)
+    now = driver.now()
+    if until is not None and now >= until:
+        run.report("busy")
+        raise InProgress(run.rid.digest, retry_after=max(0.0, flight.run.valid_until - now))
+    return None
+
+
+async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
+    """Claim until the claim is granted (None) or answered; wait while another process runs."""
+    plan, rid, flight = run.plan, run.rid, run.flight
+    over: int | None = None
+    waited = False
+    while True:
+        sent = driver.now()
+        if flight is not None:
+            flight.trusted_until = sent + _trust(plan)
+        run.claiming = True
+        try:
+            reply = await plan.backend.claim(
+                rid,
+                attempt=run.attempt,
+                fingerprint=run.fingerprint,
+                lease=plan.lease,
+                keep=plan.keep,
+                takeover=plan.takeover,
+                over=over,
+            )
+        except BackendError as error:
+            run.report("backend_error", error=error)
+            raise
+        if isinstance(reply, Granted):
+            run.token = reply.token
+            run.valid_until = sent + plan.lease * (1 - _MARGIN)
+            run.claiming = False
+            run.report("taken_over" if reply.took_over else "claimed")
+            return None
+        run.claiming = False
+        if isinstance(reply, Settled):
+            return reply
+        if isinstance(reply, Mismatched):
+            run.report("mismatched", age=reply.age)
+            raise FingerprintMismatch(
+                rid.digest, age=reply.age, stored=reply.stored.hex(), given=run.fingerprint.hex()
+            )
+        if isinstance(reply, Unknown):
+            over, settled = await _probe(driver, run, reply)
+            if settled is not None:
+                return settled
+            continue
+        now = driver.now()
+        left = None if until is None else until - now
+        if left is not None and left <= 0:
+            run.report("busy", token=reply.token)
+            raise InProgress(rid.digest, retry_after=reply.lease_left)
+        if not waited:
+            waited = True
+            run.report("waited", token=reply.token)
+        patience = reply.lease_left if left is None else min(left, reply.lease_left)
+        if flight is not None:
+            flight.trusted_until = now + patience + _trust(plan)
+        try:
+            await plan.backend.changed(rid, token=reply.token, timeout=max(patience, 0.001))
+        except BackendError as error:  # the next claim tells whether the backend is out
+            run.report("backend_error", error=error)
+            await driver.sleep(min(patience, 0.05))
+
+
+async def _probe(driver: Driver, run: Run, found: Unknown) -> tuple[int | None, Settled | None]:
+    """Ask the probe about a dead run: the token whose record may be taken over, or the outcome it found out."""
+    plan = run.plan
+    run.report("unknown", token=found.token, age=found.age)
+    if plan.probe is None:
+        raise OutcomeUnknown(run.rid.digest, age=found.age)
+    verdict = plan.probe(Call(driver, run))
+    if inspect.isawaitable(verdict):
+        verdict = await verdict
+    if isinstance(verdict, type) and issubclass(verdict, (NotApplied, StillUnknown)):
+        verdict = verdict()
+    if isinstance(verdict, StillUnknown):
+        raise OutcomeUnknown(run.rid.digest, age=found.age)
+    if isinstance(verdict, NotApplied):
+        return found.token, None
+    if not isinstance(verdict, Applied):
+        raise TypeError(
+            f"the probe of {plan.namespace} must return Applied(result), NotApplied() or StillUnknown(), not {verdict!r}"
+        )
+    codec, body, _ = _encode(run, verdict.result)
+    settled = await _settle_dead(run, found.token, codec, body, failed=False, ttl=plan.ttl)
+    return None, settled
+
+
+async def _settle_dead(
+    run: Run, over: int, codec: str, body: bytes, *, failed: bool, ttl: float
+) -> Settled | None:
+    """Record what a dead run did, in its stead. None: another settled it first."""
+    backend = run.plan.backend
+    attempt = os.urandom(ATTEMPT_BYTES)
+    reply = await backend.claim(
+        run.rid,
+        attempt=attempt,
+        fingerprint=run.fingerprint,
+        lease=run.plan.lease,
+        keep=None,
+        takeover=False,
+        over=over,
+    )
+    if not isinstance(reply, Granted):
+        return None
+    step = backend.fail if failed else backend.complete
+    answer = await step(run.rid, attempt=attempt, token=reply.token, codec=codec, body=body, ttl=ttl)
+    if answer is not Answer.DONE:
+        return None
+    run.report("failed" if failed else "completed", token=reply.token)
+    return Settled(failed, reply.token, 0.0, codec, body)
+
+
+async def settle(driver: Driver, run: Run, value: Any) -> Replay:
+    """Record the value that the function returned, and return what a replay of it would.
+
+    Raises:
+        LeaseLost: another attempt took over; the value is not returned.
+        ResultUnavailable: the value cannot be encoded; the record says that it was done.
+    """
+    plan = run.plan
+    codec, body, result = _encode(run, value)
+    stored = False
+    if not run.unprotected:
+        try:
+            stored = await _confirm(
+                driver,
+                run,
+                lambda: plan.backend.complete(
+                    run.rid, attempt=run.attempt, token=run.token or 0, codec=codec, body=body, ttl=plan.ttl
+                ),
+            )
+        except LeaseLost:
+            plan.flights.land(run)
+            raise
+        run.report("completed" if stored else "not_stored")
+    token = run.token or 0
+    plan.flights.land(run, Settled(False, token, 0.0, codec, body), stored=stored)
+    if codec == UNAVAILABLE:
+        raise ResultUnavailable(run.rid.digest, reason=body.decode(), result=value)
+    return Replay(result, replayed=False, stored=stored, token=token, age=0.0)
+
+
+async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
+    """End a call that raised: record the error, release the key, or mark it unknown; never mask `error`."""
+    plan = run.plan
+    try:
+        if run.token is None:
+            if run.claiming and not isinstance(error, Exception):
+                # Interrupted while the claim was under way: it may have been applied, or may be yet.
+                await plan.backend.release(run.rid, attempt=run.attempt, token=None)
+            return
+        if not isinstance(error, Exception):
+            await driver.still(run)
+            unknown = not plan.takeover
+            await plan.backend.release(run.rid, attempt=run.attempt, token=run.token, unknown=unknown)
+            run.report("unknown" if unknown else "released", error=error)
+            return
+        ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), None)
+        if ttl is not None:
+            await _record_error(driver, run, error, ttl)
+            return
+        stored = await _confirm(
+            driver, run, lambda: plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
+        )
+        run.report("released" if stored else "not_stored", error=error)
+    except LeaseLost as lost:
+        error.add_note(f"idempotent: {lost}")
+    except BackendError as failure:
+        run.report("backend_error", error=failure)
+        error.add_note(f"idempotent: the key could not be released and stays claimed until its lease ends: {failure}")
+    finally:
+        plan.flights.land(run)
+
+
+async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) -> None:
+    plan = run.plan
+    codec = ERROR
+    try:
+        body = encode_error(error, tuple(plan.error_ttl))
+    except Exception as failure:
+        codec, body = UNAVAILABLE, f"its error, {type(error).__name__}, could not be encoded: {failure}".encode()
+    stored = await _confirm(
+        driver,
+        run,
+        lambda: plan.backend.fail(
+            run.rid, attempt=run.attempt, token=run.token or 0, codec=codec, body=body, ttl=ttl
+        ),
+    )
+    run.report("failed" if stored else "not_stored", error=error)
+    plan.flights.land(run, Settled(True, run.token or 0, 0.0, codec, body), stored=stored)
+
+
+async def _confirm(driver: Driver, run: Run, step: Callable[[], Awaitable[Answer]]) -> bool:
+    """Send the last step of a run until the backend answers or the lease ends; whether it was applied.
+
+    Raises LeaseLost only when another attempt holds, or may have held, the record.
+    """
+    await driver.still(run)
+    pause = 0.01
+    while True:
+        try:
+            answer = await step()
+        except BackendError as error:
+            run.report("backend_error", error=error)
+            left = run.valid_until - driver.now()
+            if left <= 0:
+                return False
+            await driver.sleep(min(left, pause * (0.5 + random() / 2)))
+            pause = min(pause * 2, 1.0)
+            continue
+        if answer is Answer.DONE:
+            return True
+        if answer is Answer.GONE and driver.now() < run.valid_until:
+            # Nobody can have taken over within the lease: the record was forgotten by force, or the backend lost it.
+            return False
+        run.lost = True
+        run.report("lease_lost")
+        raise LeaseLost(run.rid.digest, token=run.token or 0)
+
+
+async def renew(driver: Driver, run: Run) -> float | None:
+    """One beat: renew the lease of `run`. Seconds until the next beat; None: there is none, the lease is lost."""
+    sent = driver.now()
+    plan = run.plan
+    if sent >= run.valid_until:
+        run.lost = True
+    try:
+        answer = await plan.backend.renew(run.rid, attempt=run.attempt, token=run.token or 0, lease=plan.lease)
+    except BackendError as error:
+        # Neither a yes nor a no: ask again soon, and count as lost once local validity is over.
+        run.report("backend_error", error=error)
+        return min(plan.lease / 3, max(0.02, (run.valid_until - driver.now()) / 4))
+    if answer is Answer.DONE:
+        run.valid_until = sent + plan.lease * (1 - _MARGIN)
+        return plan.lease / 3
+    run.lost = True
+    run.report("lease_lost")
+    return None
+
+
+def _encode(run: Run, value: Any) -> tuple[str, bytes, Any]:
+    """Codec, bytes, and the value that a replay will give; whatever fails makes the outcome "unavailable"."""
+    plan = run.plan
+    if not plan.keep_result:
+        return DONE, b"", value
+    try:
+        body = plan.codec.encode(value, run.rid.text)
+        return plan.codec.name, body, plan.codec.decode(body, run.rid.text)
+    except Exception as failure:
+        # Any error of a user's serializer, too: the function has run, so nothing may invite a second run.
+        return UNAVAILABLE, f"it could not be encoded: {type(failure).__name__}: {failure}".encode(errors="replace"), value
+
+
+def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
+    """The recorded outcome as this call's own: the decoded value, or the recorded error raised."""
+    plan, digest = run.plan, run.rid.digest
+    run.report("replayed", token=settled.token, age=settled.age)
+    if settled.codec == UNAVAILABLE:
+        raise ResultUnavailable(digest, reason=settled.body.decode(errors="replace"))
+    if settled.failed:
+        try:
+            error = decode_error(settled.body, tuple(plan.error_ttl))
+        except SerializationError as failure:
+            raise ResultUnavailable(digest, reason=f"its recorded error cannot be rebuilt: {failure}") from failure
+        raise error
+    if settled.codec == DONE or not plan.keep_result:
+        value = None
+    elif settled.codec != plan.codec.name:
+        raise ResultUnavailable(
+            digest, reason=f"it was recorded by the codec {settled.codec!r}, and this function reads {plan.codec.name!r}"
+        )
+    else:
+        try:
+            value = plan.codec.decode(settled.body, run.rid.text)
+        except Exception as failure:
+            raise ResultUnavailable(
+                digest, reason=f"it cannot be decoded: {type(failure).__name__}: {failure}"
+            ) from failure
+    return Replay(value, replayed=True, stored=stored, token=settled.token, age=settled.age)
+
+
+async def peek(run: Run) -> Record | None:
+    """The record under the key of `run`; changes nothing."""
+    return await run.plan.backend.read(run.rid)
+
+
+async def forget(run: Run, *, force: bool) -> bool:
+    """Remove the record, so that the next call runs; whether there was one. Raises InProgress for a running one."""
+    found = await run.plan.backend.forget(run.rid, force=force)
+    if found is not None and found.state == "running" and not force:
+        raise InProgress(
+            run.rid.digest,
+            retry_after=max(0.0, found.lease_left or 0.0),
+            detail="force=True forgets it all the same, and then it may run twice",
+        )
+    return found is not None
+
+
+async def resolve(run: Run, *, value: Any, error: Exception | None, applied: bool) -> bool:
+    """Settle the record of a dead run by hand; False: another did so meanwhile.
+
+    Raises:
+        InProgress: the record's runner is alive.
+        CallError: there is no record, or it is settled.
+    """
+    plan, rid = run.plan, run.rid
+    found = await plan.backend.read(rid)
+    if found is not None and found.state == "running":
+        if (found.lease_left or 0.0) > 0:
+            raise InProgress(rid.digest, retry_after=found.lease_left or 0.0, detail="only unknown records are resolved")
+    elif found is None or found.state != "unknown":
+        state = "absent" if found is None else found.state
+        raise CallError(f"the record of key {rid.digest} is {state}; only unknown records are resolved")
+    if not applied:
+        reply = await plan.backend.claim(
+            rid,
+            attempt=run.attempt,
+            fingerprint=b"",
+            lease=plan.lease,
+            keep=None,
+            takeover=False,
+            over=found.token,
+        )
+        if not isinstance(reply, Granted):
+            return False
+        await plan.backend.release(rid, attempt=run.attempt, token=reply.token)
+        run.report("released", token=reply.token)
+        return True
+    if error is None:
+        codec, body, _ = _encode(run, value)
+        if codec == UNAVAILABLE:
+            raise SerializationError(f"the given result cannot be recorded: {body.decode()}")
+        ttl = plan.ttl
+    else:
+        ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), 0.0)
+        if not ttl:
+            raise ValueError(f"{type(error).__name__} is not named in error_ttl, so it could not be replayed")
+        codec, body = ERROR, encode_error(error, tuple(plan.error_ttl))
+    settled = await _settle_dead(run, found.token, codec, body, failed=error is not None, ttl=ttl)
+    return settled is not None

@@ -1,0 +1,46 @@
+"""Durations and URL options, checked: errors name the option."""
+
+from datetime import timedelta
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+__all__ = ["Duration", "seconds", "split_url"]
+
+Duration = float | timedelta
+
+
+def seconds(name: str, value: Any, *, zero: bool = False) -> float:
+    """The duration `value`, seconds or timedelta, as seconds; an error that names the option for anything else."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be seconds or a timedelta, not {value!r}")
+    if not (0 <= value < 1e10 if zero else 0 < value < 1e10):
+        raise ValueError(f"{name} must be {'0 or more' if zero else 'more than 0'} seconds, and finite, not {value!r}")
+    return float(value)
+
+
+def split_url(url: str, ours: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """The URL without the query options named in `ours`, and these."""
+    parts = urlsplit(url)
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    found = {name: value for name, value in pairs if name in ours}
+    rest = [(name, value) for name, value in pairs if name not in ours]
+    if not found:
+        return url, found
+    bare = urlunsplit(parts._replace(query=urlencode(rest)))
+    # urlunsplit drops the empty authority of "sqlite:///file", which then is another URL.
+    scheme, _, tail = url.partition("://")
+    if not bare.startswith(f"{scheme}://"):
+        bare = f"{scheme}://{bare.partition(':')[2]}"
+    return bare, found
+
+
+def timeout_of(given: Any, options: dict[str, str]) -> float:
+    """Seconds of `timeout=`, from the argument or else from the URL's options; 5 by default."""
+    if given is None and "timeout" in options:
+        try:
+            given = float(options["timeout"])
+        except ValueError:
+            raise ValueError(f"timeout= in the URL must be seconds, not {options['timeout']!r}") from None
+    return 5.0 if given is None else seconds("timeout", given)

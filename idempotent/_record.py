@@ -1,0 +1,267 @@
+"""What a backend stores and what it answers: frozen values, and the byte envelope of a stored row.
+
+Instants and durations inside a row are whole microseconds of the *backend's* clock (milliseconds would let a
+30 ms lease be taken over at 29.4 ms). What leaves a backend are durations in seconds.
+"""
+
+import struct
+from enum import Enum
+from hashlib import blake2b
+from typing import Literal, NamedTuple
+
+from idempotent.errors import BackendError
+
+CALLS = "c"
+"""The key space of idempotency keys."""
+LOCKS = "l"
+"""The key space of lock names: the two never meet."""
+
+ATTEMPT_BYTES = 8
+FINGERPRINT_BYTES = 16
+
+StateName = Literal["running", "completed", "failed", "unknown"]
+
+
+class State(Enum):
+    """The states of a stored row; the value is the letter it is stored as."""
+
+    RUNNING = "R"
+    COMPLETED = "C"
+    FAILED = "F"
+    UNKNOWN = "U"
+    WITHDRAWN = "W"
+    """A short tombstone: the claim of this attempt was taken back before it was confirmed."""
+
+
+class RecordId:
+    """What a record is stored under: key space, namespace and key, joined without ambiguity.
+
+    `text` is injective (the namespace is length-prefixed), so a backend that stores whole strings cannot confuse
+    two ids; `digest` (48 hex characters, BLAKE2b-192 of `text`) is for backends with bounded keys and for logs.
+    """
+
+    __slots__ = ("_digest", "key", "namespace", "space", "text")
+
+    def __init__(self, namespace: str, key: str, space: str = CALLS) -> None:
+        self.space = space
+        self.namespace = namespace
+        self.key = key
+        self.text = f"{space}{len(namespace)}:{namespace}:{key}"
+        self._digest = ""
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of `text`; what logs, errors and fixed-length columns show."""
+        if not self._digest:
+            self._digest = blake2b(self.text.encode(), digest_size=24).hexdigest()
+        return self._digest
+
+    @classmethod
+    def parse(cls, text: str) -> "RecordId":
+        """The id whose `text` this is. Raises BackendError for any other string."""
+        length, colon, rest = text[1:].partition(":")
+        if text[:1] in (CALLS, LOCKS) and colon and length.isdecimal():
+            cut = int(length)
+            if rest[cut : cut + 1] == ":":
+                return cls(rest[:cut], rest[cut + 1 :], text[0])
+        raise BackendError(f"{text[:80]!r} is no record id of ours")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RecordId) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        return f"RecordId({self.digest})"
+
+
+class Row(NamedTuple):
+    """One stored record. `since`, `lease_until`, `expires` are instants, `lease` a duration: microseconds."""
+
+    state: State
+    token: int
+    attempt: bytes
+    """The attempt that claimed the record, or settled it: how a re-sent command recognises itself."""
+    fingerprint: bytes
+    """Digest of the arguments; empty: not checked."""
+    since: int
+    """When the record reached this state."""
+    lease: int = 0
+    lease_until: int = 0
+    """Running only: when the lease ends unless it is renewed."""
+    expires: int | None = None
+    """When the row counts as absent; None: it stays until someone settles it."""
+    codec: str = ""
+    body: bytes = b""
+
+
+class Granted(NamedTuple):
+    """The claim stands: this attempt is the only runner."""
+
+    token: int
+    took_over: bool = False
+    """Another attempt held the record and its lease had run out."""
+
+
+class Busy(NamedTuple):
+    """Another attempt runs."""
+
+    token: int
+    lease_left: float
+    """Seconds."""
+
+
+class Settled(NamedTuple):
+    """The outcome is recorded."""
+
+    failed: bool
+    token: int
+    age: float
+    """Seconds since it was recorded."""
+    codec: str
+    body: bytes
+
+
+class Unknown(NamedTuple):
+    """A runner died, and the policy is not to guess."""
+
+    token: int
+    age: float
+    """Seconds since the record became unknown."""
+
+
+class Mismatched(NamedTuple):
+    """The record, whatever its state, was made for other arguments."""
+
+    age: float
+    stored: bytes
+
+
+Claim = Granted | Busy | Settled | Unknown | Mismatched
+
+
+class Answer(Enum):
+    """What renew, complete, fail and release answer."""
+
+    DONE = "done"
+    """Applied, now or by an earlier send of the same command."""
+    STALE = "stale"
+    """The record belongs to another attempt by now."""
+    GONE = "gone"
+    """There is no record: forgotten, expired, released, or lost by the backend."""
+
+
+class Record(NamedTuple):
+    """A record as operators and `peek` see it; durations in seconds, never a payload."""
+
+    state: StateName
+    namespace: str
+    key: str
+    token: int
+    attempt: str
+    """Hex id of the attempt that runs it or settled it."""
+    fingerprint: str
+    """Hex digest of the arguments; empty: not kept."""
+    age: float
+    """Seconds since it reached this state."""
+    lease_left: float | None
+    """Running only; 0.0 or less: the lease ran out."""
+    expires_in: float | None
+    """Seconds until the record is dropped; None: it stays until it is settled."""
+    codec: str
+    size: int
+    """Bytes of the stored outcome."""
+
+
+def describe(rid: RecordId, row: Row, now: int) -> Record | None:
+    """`row` as a Record at instant `now`; None for a tombstone or a row past its retention."""
+    if row.state is State.WITHDRAWN or (row.expires is not None and row.expires <= now):
+        return None
+    return Record(
+        state=_NAMES[row.state],
+        namespace=rid.namespace,
+        key=rid.key,
+        token=row.token,
+        attempt=row.attempt.hex(),
+        fingerprint=row.fingerprint.hex(),
+        age=max(0, now - row.since) / 1e6,
+        lease_left=min(row.lease_until - now, row.lease) / 1e6
+        if row.state is State.RUNNING
+        else None,
+        expires_in=None if row.expires is None else (row.expires - now) / 1e6,
+        codec=row.codec,
+        size=len(row.body),
+    )
+
+
+_NAMES: dict[State, StateName] = {
+    State.RUNNING: "running",
+    State.COMPLETED: "completed",
+    State.FAILED: "failed",
+    State.UNKNOWN: "unknown",
+}
+
+
+# The envelope, version 1, for backends that keep a row as one string. Big-endian.
+#
+#   offset 0  1  0xD1: magic and version        offset 10  8  since
+#          1  1  state letter                          18  8  attempt
+#          2  8  token                                 26  1  length of the fingerprint (0 or 16), then it
+#
+#   running, unknown, withdrawn: then  8 lease, 8 lease_until, 8 expires (0: None)
+#   completed, failed:           then  1 length of the codec, the codec, the body to the end.
+#                                The backend's own expiry is their `expires`.
+# A completed record costs 44 bytes and the codec's name over its body.
+
+MAGIC = 0xD1
+_HEAD = struct.Struct(">BcQQ8sB")
+_TAIL = struct.Struct(">QQQ")
+
+
+def pack(row: Row) -> bytes:
+    """`row` as bytes. `expires` of a settled row is left to the backend's own expiry."""
+    head = (
+        _HEAD.pack(
+            MAGIC,
+            row.state.value.encode(),
+            row.token,
+            row.since,
+            row.attempt,
+            len(row.fingerprint),
+        )
+        + row.fingerprint
+    )
+    if row.state in (State.COMPLETED, State.FAILED):
+        codec = row.codec.encode()
+        return b"%b%c%b%b" % (head, len(codec), codec, row.body)
+    return head + _TAIL.pack(row.lease, row.lease_until, row.expires or 0)
+
+
+def unpack(data: bytes) -> Row:
+    """The row that `data` is the envelope of. Raises BackendError for bytes that are none of ours."""
+    try:
+        magic, letter, token, since, attempt, size = _HEAD.unpack_from(data)
+        state = State(letter.decode())
+        if magic != MAGIC or size not in (0, FINGERPRINT_BYTES):
+            raise ValueError
+        at = _HEAD.size + size
+        fingerprint = data[_HEAD.size : at]
+        if state in (State.COMPLETED, State.FAILED):
+            body = at + 1 + data[at]
+            return Row(
+                state,
+                token,
+                attempt,
+                fingerprint,
+                since,
+                codec=data[at + 1 : body].decode(),
+                body=data[body:],
+            )
+        lease, lease_until, expires = _TAIL.unpack(data[at:])
+    except (struct.error, ValueError, IndexError):
+        raise BackendError(
+            "the bytes under this key are no record of ours; nothing ran and nothing was overwritten."
+            " Give the backend a prefix of its own"
+        ) from None
+    return Row(state, token, attempt, fingerprint, since, lease, lease_until, expires or None)

@@ -1,0 +1,234 @@
+"""Results as JSON, their types rebuilt by the function's return annotation.
+
+A body begins with what tells its form:
+
+    JSON itself   the value as JSON; msgspec (or pydantic) rebuilds it by the annotation
+    \\x01          the canonical form: the value as it is, its classes reduced to dicts
+    \\x02          the canonical form, rebuilt by the annotation: for what JSON alone would lose (a tuple in an Any)
+
+What is kept is decoded again and compared before a form is chosen, so no value ever changes between run and replay.
+"""
+
+import functools
+import inspect
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any, NoReturn
+from uuid import UUID
+
+from idempotent import canonical
+from idempotent._failures import exactly
+from idempotent.errors import ResultTypeWarning, SerializationError
+
+__all__ = ["TypedJSON"]
+
+_CANONICAL = b"\x01"
+_CONVERTED = b"\x02"
+_UNTYPED = (Any, object, NoReturn, typing.Never)
+_NATIVE = (bytes, bytearray, datetime, date, time, timedelta, Decimal, UUID)
+
+Dump = Callable[[Any], bytes]
+Load = Callable[[bytes], Any]
+
+
+class TypedJSON:
+    """The default codec of one function.
+
+    Raises SerializationError if the return annotation cannot be served. One that names what is not defined yet is
+    looked up again by `ready`.
+    """
+
+    name = "json1"
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._label = getattr(function, "__qualname__", repr(function))
+        self._resolved = False
+        self._dump: Dump | None = None
+        self._load: Load | None = None
+        self._convert: Callable[[Any], Any] | None = None
+        try:
+            self._resolve()
+        except NameError:
+            pass
+
+    def ready(self) -> None:
+        """Look the annotation up if that was not possible yet. Raises SerializationError if it still is not."""
+        if not self._resolved:
+            try:
+                self._resolve()
+            except NameError as error:
+                raise SerializationError(
+                    f"the return annotation of {self._label} cannot be resolved: {error};"
+                    " define or import that name at run time, or annotate with one that is"
+                ) from None
+
+    def _resolve(self) -> None:
+        annotation = _return_annotation(self._function)
+        if annotation not in _UNTYPED:
+            try:
+                if any(_is_model(part) for part in _parts(annotation)):
+                    self._dump, self._load, self._convert = _by_pydantic(annotation)
+                else:
+                    self._dump, self._load, self._convert = _by_msgspec(annotation)
+            except NameError:
+                raise
+            except Exception as error:
+                raise SerializationError(
+                    f"the return annotation of {self._label}, {annotation!r}, cannot be served: {error}."
+                    " Annotate what it really returns, give serializer=, or keep_result=False"
+                ) from error
+        self._resolved = True
+
+    def encode(self, value: Any, record: str) -> bytes:
+        """`value` as bytes. Raises SerializationError for what cannot be kept."""
+        if self._dump is not None and self._load is not None:
+            try:
+                body = self._dump(value)
+                if exactly(self._load(body), value):
+                    return body
+            except Exception:  # noqa: S110  a value that does not fit its annotation may break the encoder in any way
+                pass
+        if self._convert is not None:
+            try:
+                plain = canonical.dumps(value, rows=True)[0]
+                if exactly(self._convert(canonical.loads(plain)), value):
+                    return _CONVERTED + plain
+            except Exception:  # noqa: S110
+                pass
+        plain, reduced = canonical.dumps(value)
+        if reduced or self._dump is not None:
+            warnings.warn(
+                f"{self._label} returned a {type(value).__qualname__} that does not come back as what it is:"
+                " replays, and this call, get plain values for it."
+                " Give the function a return annotation that fits what it returns",
+                ResultTypeWarning,
+                stacklevel=2,
+            )
+        return _CANONICAL + plain
+
+    def decode(self, data: bytes, record: str) -> Any:
+        """The value that was encoded. Raises SerializationError for bytes of another annotation."""
+        form = data[:1]
+        if form == _CANONICAL:
+            return canonical.loads(data[1:])
+        decode = self._load
+        if form == _CONVERTED:
+            convert = self._convert
+            decode = None if convert is None else lambda data: convert(canonical.loads(data[1:]))
+        if decode is None:
+            raise SerializationError("it was recorded under a return annotation that the function no longer has")
+        try:
+            return decode(data)
+        except Exception as error:
+            raise SerializationError(f"it does not fit the return annotation: {error}") from error
+
+
+class _Return:
+    """Something whose only annotation is a function's return annotation."""
+
+    def __init__(self, annotation: Any) -> None:
+        self.__annotations__ = {"return": annotation}
+
+
+def _return_annotation(function: Any) -> Any:
+    """The resolved return annotation; Any where there is none. Raises NameError for a name not defined yet."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    annotation = _annotations(function).get("return", Any)
+    inner = inspect.unwrap(function)
+    names = dict(getattr(inner, "__globals__", {}))
+    code = getattr(inner, "__code__", None)
+    for name, cell in zip(getattr(code, "co_freevars", ()), getattr(inner, "__closure__", None) or (), strict=True):
+        try:
+            names[name] = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    resolved = typing.get_type_hints(_Return(annotation), names, include_extras=True)["return"]
+    if isinstance(resolved, typing.ForwardRef):
+        raise NameError(f"name {resolved.__forward_arg__!r} is not defined")
+    return resolved
+
+
+def _annotations(function: Any) -> dict[str, Any]:
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format, get_annotations
+
+        return get_annotations(function, format=Format.FORWARDREF)
+    return getattr(function, "__annotations__", None) or {}
+
+
+def _parts(annotation: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """`annotation` and everything it is made of: arguments of generics, fields of classes."""
+    seen = set() if seen is None else seen
+    if id(annotation) in seen:
+        return
+    seen.add(id(annotation))
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from _parts(part, seen)
+    kind = typing.get_origin(annotation) or annotation
+    if isinstance(kind, type) and kind.__module__ != "builtins" and getattr(kind, "__annotations__", None):
+        for part in typing.get_type_hints(kind).values():
+            yield from _parts(part, seen)
+
+
+def _is_model(part: Any) -> bool:
+    pydantic = sys.modules.get("pydantic")  # no annotation holds a model if nobody imported pydantic
+    return pydantic is not None and isinstance(part, type) and issubclass(part, pydantic.BaseModel)
+
+
+def _by_pydantic(annotation: Any) -> tuple[Dump, Load, Callable[[Any], Any]]:
+    from pydantic import TypeAdapter
+
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+
+    def dump(value: Any) -> bytes:
+        return adapter.dump_json(value, by_alias=False, round_trip=True, warnings="error")
+
+    def load(data: bytes) -> Any:
+        return adapter.validate_json(data, by_alias=False, by_name=True)
+
+    def convert(value: Any) -> Any:
+        return adapter.validate_python(value, by_alias=False, by_name=True)
+
+    return dump, load, convert
+
+
+def _by_msgspec(annotation: Any) -> tuple[Dump, Load, Callable[[Any], Any]]:
+    import msgspec
+
+    strange = [kind for kind in _custom(msgspec.inspect.type_info(annotation)) if kind not in canonical.KEPT]
+    if strange:
+        raise SerializationError(f"{strange[0]!r} has no form in JSON")
+    encoder = msgspec.json.Encoder(decimal_format="string", uuid_format="canonical")
+    decoder = msgspec.json.Decoder(annotation)
+
+    def convert(value: Any) -> Any:
+        return msgspec.convert(value, annotation, builtin_types=_NATIVE)
+
+    return encoder.encode, decoder.decode, convert
+
+
+def _custom(info: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """The classes in a msgspec type description that msgspec itself knows nothing of."""
+    import msgspec
+
+    seen = set() if seen is None else seen
+    if id(info) in seen:
+        return
+    seen.add(id(info))
+    if isinstance(info, msgspec.inspect.CustomType):
+        if info.cls is not object:
+            yield info.cls
+        return
+    for value in (getattr(info, name) for name in getattr(info, "__struct_fields__", ())):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, (msgspec.inspect.Type, msgspec.inspect.Field)):
+                yield from _custom(part, seen)

@@ -1,0 +1,1 @@
+"""Where records live. Each backend is imported when it is first named."""

@@ -1,0 +1,94 @@
+"""Deadlines for drivers that have none: a thread that shuts a socket when its time is over.
+
+A frozen PostgreSQL keeps acknowledging packets, so neither `statement_timeout` nor `tcp_user_timeout` ends the wait.
+Shutting the socket does: the driver, sync or async, finds the connection closed.
+"""
+
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Watchdog"]
+
+_LINGER = 2.0
+"""Seconds the thread outlives the last command."""
+
+
+class Watchdog:
+    """Watches any number of sockets with one thread, which runs only while there are some."""
+
+    def __init__(self) -> None:
+        self._reset()
+        _all.add(self)
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: dict[object, tuple[float, int]] = {}
+        self._thread: threading.Thread | None = None
+        self._wakes = 0.0
+
+    @contextmanager
+    def watching(self, descriptor: int, deadline: float) -> Iterator[None]:
+        """Shut the socket `descriptor` if the body lasts beyond monotonic `deadline`."""
+        mark = object()
+        with self._changed:
+            self._watched[mark] = (deadline, descriptor)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="idempotent-watchdog", daemon=True)
+                self._thread.start()
+            elif deadline < self._wakes:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._watched.pop(mark, None)
+
+    def _watch(self) -> None:
+        idle = False
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                if self._watched:
+                    idle = False
+                elif idle:
+                    self._thread = None
+                    return
+                else:
+                    idle = True
+                for mark, (deadline, descriptor) in list(self._watched.items()):
+                    if deadline <= now:
+                        del self._watched[mark]
+                        # Under the lock: the body cannot end meanwhile and leave the number to another socket.
+                        _shut(descriptor)
+                first = min((deadline for deadline, _ in self._watched.values()), default=now + _LINGER)
+                self._wakes = min(first, now + _LINGER)
+                self._changed.wait(max(0.0, self._wakes - now))
+
+
+def _shut(descriptor: int) -> None:
+    try:
+        copy = socket.socket(fileno=os.dup(descriptor))
+    except OSError:  # closed already
+        return
+    with copy:
+        try:
+            copy.shutdown(socket.SHUT_RDWR)
+        except OSError:  # not connected any more
+            pass
+
+
+_all: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for watchdog in list(_all):
+        watchdog._reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,261 @@
+"""Records in this process's memory: `local://`.
+
+Settled records live in a cachetools cache with each record's own ttl, bounded in number. Running and unknown ones
+live apart, so that no amount of traffic evicts a claim. One lock, no I/O; the clock is the process's monotonic one.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable
+
+from cachetools import TLRUCache
+
+from idempotent import _machine as machine
+from idempotent._record import (
+    Answer,
+    Claim,
+    Record,
+    RecordId,
+    Row,
+    State,
+    StateName,
+    describe,
+)
+from idempotent._signals import Signals, TaskWaiter, ThreadWaiter
+from idempotent.backends.base import Backend, micros
+
+__all__ = ["LocalBackend"]
+
+_SETTLED = (State.COMPLETED, State.FAILED)
+
+
+def _monotonic_micros() -> int:
+    return time.monotonic_ns() // 1000
+
+
+class _Store:
+    """The rows, under one lock; both colours of a LocalBackend look at the same store."""
+
+    def __init__(self, maxsize: int, clock: Callable[[], int]) -> None:
+        self.clock = clock
+        self.last = 0
+        self.open: dict[str, Row] = {}
+        self.settled: TLRUCache[str, Row] = TLRUCache(
+            maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=clock
+        )
+        self.signals = Signals()
+        self.reset()
+        _stores.add(self)
+
+    def reset(self) -> None:
+        # What another process runs is not running here, and its lock may be held by a thread that was not copied.
+        self.lock = threading.Lock()
+        self.open.clear()
+
+    def find(self, key: str) -> Row | None:
+        row = self.open.get(key)
+        return self.settled.get(key) if row is None else row
+
+    def put(self, key: str, row: Row | machine.Removed | None) -> None:
+        if row is None:
+            return
+        if isinstance(row, Row) and row.state not in _SETTLED:
+            self.settled.pop(key, None)
+            self.open[key] = row
+            return
+        self.open.pop(key, None)
+        if isinstance(row, Row):
+            self.settled[key] = row
+        else:
+            self.settled.pop(key, None)
+
+    def tick(self) -> int:
+        """The time, and later than any tick before: a token taken from it is new even when its record is gone."""
+        self.last = max(self.clock(), self.last + 1)
+        return self.last
+
+
+class LocalBackend(Backend):
+    """A bounded in-process store, for tests and for duplicates that meet within one process.
+
+    Args:
+        maxsize: how many settled records are kept; the least recently used make room. Running and unknown records are
+            not counted and never evicted.
+        clock: the time in whole microseconds; None: the monotonic clock. Tests give a virtual one.
+
+    A forked child starts with the settled records of its parent and holds nothing that runs.
+    """
+
+    name = "local"
+
+    def __init__(self, maxsize: int = 65_536, *, clock: Callable[[], int] | None = None) -> None:
+        if maxsize < 1:
+            raise ValueError(f"maxsize must be at least 1, not {maxsize}")
+        self._store = _Store(maxsize, clock or _monotonic_micros)
+        self._waiter: type[ThreadWaiter | TaskWaiter] = ThreadWaiter
+        self._twin: LocalBackend | None = None
+
+    def blocking(self) -> Backend:
+        return self
+
+    def asynchronous(self) -> Backend:
+        if self._waiter is TaskWaiter:
+            return self
+        if self._twin is None:
+            twin = object.__new__(LocalBackend)
+            twin._store, twin._waiter, twin._twin = self._store, TaskWaiter, self
+            self._twin = twin
+        return self._twin
+
+    async def claim(
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        fingerprint: bytes,
+        lease: float,
+        keep: float | None,
+        takeover: bool,
+        over: int | None = None,
+    ) -> Claim:
+        store = self._store
+        with store.lock:
+            now = store.tick()
+            ask = machine.Ask(
+                attempt,
+                fingerprint,
+                micros(lease),
+                None if keep is None else micros(keep),
+                takeover,
+                over,
+            )
+            reply, row = machine.on_claim(store.find(rid.text), ask, now)
+            store.put(rid.text, row)
+        return reply
+
+    async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
+        store = self._store
+        with store.lock:
+            answer, row = machine.on_renew(
+                store.find(rid.text), attempt, token, micros(lease), store.clock()
+            )
+            store.put(rid.text, row)
+        return answer
+
+    async def complete(
+        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        return self._settle(rid, State.COMPLETED, attempt, token, codec, body, ttl)
+
+    async def fail(
+        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        return self._settle(rid, State.FAILED, attempt, token, codec, body, ttl)
+
+    def _settle(
+        self,
+        rid: RecordId,
+        state: State,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+    ) -> Answer:
+        store = self._store
+        with store.lock:
+            now = store.clock()
+            settled = Row(
+                state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body
+            )
+            answer, row = machine.on_settle(store.find(rid.text), attempt, token, settled, now)
+            store.put(rid.text, row)
+        store.signals.notify(rid.text)
+        return answer
+
+    async def release(
+        self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False
+    ) -> Answer:
+        store = self._store
+        with store.lock:
+            answer, row = machine.on_release(
+                store.find(rid.text), attempt, token, store.clock(), unknown=unknown
+            )
+            # No command is ever in flight here, so a withdrawn claim needs no tombstone.
+            if not (isinstance(row, Row) and row.state is State.WITHDRAWN):
+                store.put(rid.text, row)
+        store.signals.notify(rid.text)
+        return answer
+
+    async def read(self, rid: RecordId) -> Record | None:
+        store = self._store
+        with store.lock:
+            row = store.find(rid.text)
+            return None if row is None else describe(rid, row, store.clock())
+
+    async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
+        store = self._store
+        with store.lock:
+            row = store.find(rid.text)
+            found = None if row is None else describe(rid, row, store.clock())
+            if found is not None and (force or found.state != "running"):
+                store.put(rid.text, machine.REMOVED)
+        store.signals.notify(rid.text)
+        return found
+
+    async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
+        store = self._store
+        waiter = self._waiter()
+        store.signals.add(rid.text, waiter)
+        try:
+            row = store.find(rid.text)
+            if row is not None and row.state is State.RUNNING and row.token == token:
+                await waiter.wait(timeout)
+        finally:
+            store.signals.discard(rid.text, waiter)
+
+    async def scan(
+        self, *, state: StateName | None = None, namespace: str | None = None
+    ) -> AsyncIterator[Record]:
+        store = self._store
+        with store.lock:
+            now = store.clock()
+            rows = [*store.open.items(), *store.settled.items()]
+        for text, row in rows:
+            rid = RecordId.parse(text)
+            record = describe(rid, row, now)
+            if (
+                record is not None
+                and rid.space == "c"
+                and state in (None, record.state)
+                and namespace in (None, rid.namespace)
+            ):
+                yield record
+
+    async def purge(self, limit: int = 1000) -> int:
+        store = self._store
+        with store.lock:
+            now = store.clock()
+            over = [
+                key
+                for key, row in store.open.items()
+                if row.expires is not None and row.expires <= now
+            ][:limit]
+            for key in over:
+                del store.open[key]
+            store.settled.expire()
+        return len(over)
+
+
+_stores: weakref.WeakSet[_Store] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

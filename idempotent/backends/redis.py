@@ -1,0 +1,470 @@
+"""Records in Redis (6.2 or newer) or Valkey: `redis://`, `rediss://`, `unix://`, or a ready-made client.
+
+One key per record, one Lua script per command (in `lua/`, each the transcription of its function in `_machine`), one
+round trip each. Key and pub/sub channel of a record are the same string: prefix, colon, record id.
+
+Commands are sent on connections that are taken from redis-py's pools directly: redis-py's own re-sending knows neither
+the deadline of a command nor which replies may be asked for again.
+"""
+
+import asyncio
+import copy
+import errno
+import hashlib
+import inspect
+import math
+import socket
+import time
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from random import random
+from typing import Any, Protocol
+
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+import redis.retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from idempotent._machine import TOMBSTONE
+from idempotent._options import split_url, timeout_of
+from idempotent._record import (
+    Answer,
+    Busy,
+    Claim,
+    Granted,
+    Mismatched,
+    Record,
+    RecordId,
+    Settled,
+    State,
+    StateName,
+    Unknown,
+    describe,
+    unpack,
+)
+from idempotent._signals import TaskWaiter, ThreadWaiter
+from idempotent.backends._loops import PerLoop
+from idempotent.backends.base import Backend, micros, poll
+from idempotent.backends.pubsub import Listener, listening_connection
+from idempotent.errors import BackendError, BackendUnavailable
+
+__all__ = ["RedisBackend"]
+
+_CONNECTIONS = 64
+"""Connections of a pool of ours; a call that finds none free waits for one within its deadline."""
+
+_ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
+
+_TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+"""Error replies after which the same command may be answered."""
+
+_OUT = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "max number of clients")
+"""Error replies of a server that does not serve us, now or for good."""
+
+
+class _Script:
+    """A Lua file, with the shared part before it."""
+
+    def __init__(self, name: str) -> None:
+        folder = files("idempotent.backends") / "lua"
+        shared = (folder / "record.lua").read_text("utf-8")
+        self.source = f"{shared}\n{(folder / f'{name}.lua').read_text('utf-8')}".encode()
+        self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
+
+
+_CLAIM, _RENEW, _SETTLE, _RELEASE, _READ, _FORGET = map(
+    _Script, ("claim", "renew", "settle", "release", "read", "forget")
+)
+
+
+class _Link(Protocol):
+    """How one colour talks to the server."""
+
+    waiter: type[ThreadWaiter | TaskWaiter]
+
+    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
+        """The reply to `command`; TimeoutError of redis-py when monotonic `deadline` passes first."""
+        ...
+
+    async def sleep(self, pause: float) -> None: ...
+
+
+class RedisBackend(Backend):
+    """Records in Redis or Valkey.
+
+    Args:
+        server: a URL, whose backend serves sync and async callers, with its own pools; or a `redis.Redis` or
+            `redis.asyncio.Redis`, whose backend serves callers of that colour.
+        prefix: what all keys and channels begin with; None: the URL's `prefix=`, else "idem".
+        timeout: seconds a command may take, re-sends included; None: the URL's `timeout=`, else 5.
+
+    Raises:
+        TypeError, ValueError: an argument, or an option in the URL, is wrong.
+    """
+
+    name = "redis"
+
+    def __init__(
+        self,
+        server: "str | redis.Redis | redis.asyncio.Redis",
+        *,
+        prefix: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        options: dict[str, str] = {}
+        if isinstance(server, str):
+            server, options = split_url(server, ("prefix", "timeout"))
+        self.timeout = timeout_of(timeout, options)
+        self.prefix = options.get("prefix", "idem") if prefix is None else prefix
+        if not isinstance(self.prefix, str) or not 0 < len(self.prefix) <= 200:
+            raise ValueError(f"prefix must be text of 1 to 200 characters, not {self.prefix!r}")
+        links: dict[str, _Link]
+        if isinstance(server, str):
+            pool = _sync_pool(server, self.timeout)
+            links = {"sync": _SyncLink(pool, owned=True), "async": _AsyncLink(server)}
+        else:
+            pool = getattr(server, "connection_pool", None)
+            if isinstance(server, redis.asyncio.Redis):
+                links = {"async": _AsyncLink(pool)}
+            elif isinstance(server, redis.Redis):
+                links = {"sync": _SyncLink(pool, owned=False)}
+            else:
+                raise TypeError(f"RedisBackend takes a URL, a redis.Redis or a redis.asyncio.Redis, not {server!r}")
+        listening = listening_connection(pool, self.timeout)
+        self._listener = None if listening is None else Listener(listening)
+        self._links = links
+        self._colour, self._link = next(iter(links.items()))
+        self._views = {self._colour: self}
+
+    def blocking(self) -> Backend:
+        return self._view("sync")
+
+    def asynchronous(self) -> Backend:
+        return self._view("async")
+
+    def _view(self, colour: str) -> "RedisBackend":
+        view = self._views.get(colour)
+        if view is None:
+            if colour not in self._links:
+                raise BackendError(
+                    f"this RedisBackend was made from a client for {self._colour} code and cannot serve {colour} functions;"
+                    f" give it a {'redis.Redis' if colour == 'sync' else 'redis.asyncio.Redis'}, or a URL, which serves both"
+                )
+            view = copy.copy(self)  # the two share everything but the link
+            view._colour, view._link = colour, self._links[colour]
+            self._views[colour] = view
+        return view
+
+    def _key(self, rid: RecordId) -> str:
+        return f"{self.prefix}:{rid.text}"
+
+    async def claim(
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        fingerprint: bytes,
+        lease: float,
+        keep: float | None,
+        takeover: bool,
+        over: int | None = None,
+    ) -> Claim:
+        ask = (
+            attempt,
+            fingerprint,
+            micros(lease),
+            b"" if keep is None else micros(keep),
+            b"1" if takeover else b"0",
+            b"" if over is None else over,
+        )
+        reply = await self._run(_CLAIM, rid, ask, min(self.timeout, lease))
+        kind = reply[0]
+        if kind == 1:
+            return Granted(reply[1], bool(reply[2]))
+        if kind == 2:
+            return Busy(reply[1], reply[2] / 1e6)
+        if kind == 3:
+            row = unpack(reply[2])
+            age = max(0, reply[1] - row.since) / 1e6
+            return Settled(row.state is State.FAILED, row.token, age, row.codec, row.body)
+        if kind == 4:
+            return Unknown(reply[1], reply[2] / 1e6)
+        return Mismatched(reply[1] / 1e6, reply[2])
+
+    async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
+        return _ANSWERS[await self._run(_RENEW, rid, (attempt, token, micros(lease)), min(self.timeout, lease))]
+
+    async def complete(
+        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        return await self._settle(rid, b"C", attempt, token, codec, body, ttl)
+
+    async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
+        return await self._settle(rid, b"F", attempt, token, codec, body, ttl)
+
+    async def _settle(
+        self, rid: RecordId, state: bytes, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        milliseconds = max(1, math.ceil(ttl * 1000))
+        return _ANSWERS[await self._run(_SETTLE, rid, (attempt, token, state, milliseconds, codec, body), self.timeout)]
+
+    async def release(
+        self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False
+    ) -> Answer:
+        ask = (attempt, b"" if token is None else token, b"1" if unknown else b"0", TOMBSTONE)
+        return _ANSWERS[await self._run(_RELEASE, rid, ask, self.timeout)]
+
+    async def read(self, rid: RecordId) -> Record | None:
+        return _record(rid, await self._run(_READ, rid, (), self.timeout))
+
+    async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
+        return _record(rid, await self._run(_FORGET, rid, (b"1" if force else b"0",), self.timeout))
+
+    async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
+        async def runs() -> bool:
+            record = await self.read(rid)
+            return record is not None and record.state == "running" and record.token == token
+
+        until = time.monotonic() + timeout
+        listener, channel = self._listener, self._key(rid)
+        if listener is not None:
+            waiter = self._link.waiter()
+            try:
+                joined = await listener.join(channel, waiter, min(timeout, self.timeout))
+                # A message can be lost on its way, so look again, ever more seldom.
+                pause = 1.0
+                while joined and listener.hears(channel) and await runs():
+                    left = until - time.monotonic()
+                    if left <= 0 or await waiter.wait(min(left, pause)):
+                        return
+                    pause *= 2
+                if joined and listener.hears(channel):
+                    return
+            finally:
+                listener.leave(channel, waiter)
+        await poll(runs, self._link.sleep, until - time.monotonic())
+
+    async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
+        escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)
+        cursor: Any = b"0"
+        while True:
+            cursor, keys = await self._send(("SCAN", cursor, "MATCH", f"{escaped}:c*", "COUNT", 500), self.timeout)
+            for key in keys:
+                rid = RecordId.parse(key.decode()[len(self.prefix) + 1 :])
+                if namespace in (None, rid.namespace):
+                    record = await self.read(rid)
+                    if record is not None and state in (None, record.state):
+                        yield record
+            if cursor in (b"0", 0):
+                return
+
+    async def purge(self, limit: int = 1000) -> int:
+        return 0  # Redis drops what is past its retention
+
+    def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        link = self._links.get("sync")
+        if isinstance(link, _SyncLink):
+            link.close()
+
+    async def aclose(self) -> None:
+        self.close()
+        link = self._links.get("async")
+        if isinstance(link, _AsyncLink):
+            await link.aclose()
+
+    async def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Any:
+        key = self._key(rid)
+        try:
+            return await self._send(("EVALSHA", script.sha, 1, key, *ask), budget)
+        except NoScriptError:
+            return await self._send(("EVAL", script.source, 1, key, *ask), budget)
+
+    async def _send(self, command: tuple[Any, ...], budget: float) -> Any:
+        """The reply to `command`, sent again while that can help and `budget` seconds last."""
+        deadline = time.monotonic() + budget
+        pause = 0.0
+        while True:
+            try:
+                return await self._link.send(command, deadline)
+            except NoScriptError:
+                raise
+            except (RedisError, OSError, asyncio.TimeoutError) as error:
+                if not _transient(error):
+                    raise _failure(error) from error
+                if _refused(error):
+                    raise BackendUnavailable(f"Redis refuses connections: {error}") from error
+                left = deadline - time.monotonic()
+                if left <= pause:
+                    raise BackendUnavailable(f"Redis did not confirm within {budget:g} s: {error or 'no reply'}") from error
+            await self._link.sleep(pause * (0.5 + random() / 2))
+            pause = min(0.25, pause * 2 or 0.005)
+
+
+def _record(rid: RecordId, reply: Any) -> Record | None:
+    if not reply:
+        return None
+    raw, now, left = reply
+    row = unpack(raw)
+    if row.state in (State.COMPLETED, State.FAILED) and left >= 0:
+        row = row._replace(expires=now + left * 1000)
+    return describe(rid, row, now)
+
+
+def _transient(error: Exception) -> bool:
+    if isinstance(error, AuthenticationError):
+        return False
+    if isinstance(error, ResponseError):
+        return str(error).startswith(_TRANSIENT) or isinstance(error, BusyLoadingError)
+    return isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError, asyncio.TimeoutError))
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether nobody listens at the address: asking again at once does not help."""
+    while error is not None:
+        if isinstance(error, (ConnectionRefusedError, FileNotFoundError, socket.gaierror)):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.ENOENT):
+            return True
+        if isinstance(error, OSError) and "Connect call failed" in str(error):  # asyncio, for several addresses
+            return "refused" in str(error) or str(errno.ECONNREFUSED) in str(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _failure(error: Exception) -> BackendError:
+    text = str(error)
+    if isinstance(error, AuthenticationError) or text.startswith(_OUT):
+        return BackendUnavailable(f"Redis does not serve this: {text}")
+    if text.startswith(("FOREIGN", "WRONGTYPE")) or "WRONGTYPE" in text:
+        return BackendError(
+            f"the key holds no record of ours, so nothing ran and nothing was overwritten ({text});"
+            " give the backend a prefix= of its own"
+        )
+    for word in _OUT:  # a script's error names the line before the reason
+        if word in text:
+            return BackendUnavailable(f"Redis does not serve this: {text}")
+    return BackendError(f"Redis answered {text}")
+
+
+def _check_options(pool: Any) -> None:
+    """Refuse a misspelt option in the URL now, and not when the first connection is made."""
+    try:
+        pool.connection_class(**pool.connection_kwargs)
+    except TypeError as error:
+        raise ValueError(f"an option in the Redis URL is not known: {error}; ours are prefix= and timeout=") from None
+
+
+def _sync_pool(url: str, timeout: float) -> redis.ConnectionPool:
+    # Two tries fit into the deadline, so that one lost reply is asked for again.
+    options: dict[str, Any] = {
+        "socket_timeout": timeout / 2,
+        "socket_connect_timeout": timeout / 2,
+        "retry": redis.retry.Retry(NoBackoff(), 0),
+        "decode_responses": False,
+    }
+    pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=timeout, **options)
+    pool.connection_kwargs.update(options)
+    _check_options(pool)
+    return pool
+
+
+def _named(pool: Any) -> tuple[str, ...]:
+    """What `get_connection` has to be given: redis-py 5.0 wants the command's name."""
+    parameter = inspect.signature(pool.get_connection).parameters.get("command_name")
+    wanted = parameter is not None and parameter.default is inspect.Parameter.empty
+    return ("EVALSHA",) if wanted else ()
+
+
+class _SyncLink:
+    """One connection of a redis-py pool for each command, on the calling thread."""
+
+    waiter = ThreadWaiter
+
+    def __init__(self, pool: Any, *, owned: bool) -> None:
+        self._pool = pool
+        self._owned = owned
+        self._named = _named(pool)
+
+    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
+        pool = self._pool
+        connection = pool.get_connection(*self._named)
+        try:
+            connection.send_command(*command)
+            patience = getattr(connection, "socket_timeout", None)
+            if patience is None or patience > deadline - time.monotonic():
+                if not connection.can_read(timeout=max(0.001, deadline - time.monotonic())):
+                    raise RedisTimeoutError("no reply in time")
+            return connection.read_response(disable_decoding=True)
+        except ResponseError:
+            raise
+        except BaseException:
+            connection.disconnect()  # a reply that comes late must not answer the next command
+            raise
+        finally:
+            pool.release(connection)
+
+    async def sleep(self, pause: float) -> None:
+        if pause:
+            time.sleep(pause)
+
+    def close(self) -> None:
+        if self._owned:
+            self._pool.disconnect()
+
+
+class _AsyncLink:
+    """One connection of a redis.asyncio pool for each command; a pool of its own for each event loop."""
+
+    waiter = TaskWaiter
+
+    def __init__(self, source: Any) -> None:
+        self._given = None if isinstance(source, str) else source
+        self._named = () if self._given is None else _named(self._given)
+        self._pools: PerLoop[Any] = PerLoop(lambda: self._make(source), lambda pool: pool.disconnect())
+
+    def _make(self, url: str) -> Any:
+        options: dict[str, Any] = {
+            "socket_timeout": None,
+            "socket_connect_timeout": None,
+            "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),
+            "decode_responses": False,
+        }
+        pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
+            url, max_connections=_CONNECTIONS, timeout=None, **options
+        )
+        pool.connection_kwargs.update(options)
+        self._named = _named(pool)
+        return pool
+
+    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
+        pool = self._given or await self._pools.get()
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            connection = await pool.get_connection(*self._named)
+            try:
+                await connection.send_command(*command)
+                return await connection.read_response(disable_decoding=True)
+            except ResponseError:
+                raise
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                raise
+            finally:
+                await pool.release(connection)
+
+    async def sleep(self, pause: float) -> None:
+        await asyncio.sleep(pause)
+
+    async def aclose(self) -> None:
+        await self._pools.aclose()

@@ -1,0 +1,476 @@
+"""`@idempotent`: options checked at decoration, a plan made at the first call, and one wrapper for each colour."""
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
+
+from idempotent import _config as config
+from idempotent import _flow as flow
+from idempotent._config import DEFAULT, Default, Duration
+from idempotent._drive import SYNC, drive, finish
+from idempotent._flow import Plan, Replay, Run
+from idempotent._record import Record, RecordId
+from idempotent._types import (
+    AsyncIdempotent,
+    Decision,
+    Decorator,
+    Explanation,
+    ForgetfulDecorator,
+    Idempotent,
+    Outcome,
+    Stats,
+)
+from idempotent.backends.base import Backend
+from idempotent.keys import Binder, check_key
+from idempotent.serializers import Codec, Serializer, codec_for
+
+__all__ = ["explain", "forget", "idempotent", "key_for", "outcome", "peek", "resolve", "stats", "with_key"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_UNSET: Any = object()
+
+
+@overload
+def idempotent(function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncIdempotent[P, R]: ...
+@overload
+def idempotent(function: Callable[P, R], /) -> Idempotent[P, R]: ...
+@overload
+def idempotent(
+    *,
+    keep_result: Literal[False],
+    backend: Backend | str | None = None,
+    key: str | Callable[..., str | None] | None = None,
+    namespace: str | None = None,
+    ttl: Duration | Default = DEFAULT,
+    lease: Duration | Default = DEFAULT,
+    wait: Duration | None | Default = DEFAULT,
+    fingerprint: bool | Callable[..., str | bytes] = True,
+    ignore: Iterable[str] = (),
+    serializer: Serializer | None = None,
+    error_ttl: Mapping[type[Exception], Duration] | None = None,
+    on_crash: Literal["rerun", "raise"] | Callable[..., Any] | Default = DEFAULT,
+    on_outage: Literal["raise", "run"] | Default = DEFAULT,
+) -> ForgetfulDecorator: ...
+@overload
+def idempotent(
+    *,
+    backend: Backend | str | None = None,
+    key: str | Callable[..., str | None] | None = None,
+    namespace: str | None = None,
+    ttl: Duration | Default = DEFAULT,
+    lease: Duration | Default = DEFAULT,
+    wait: Duration | None | Default = DEFAULT,
+    fingerprint: bool | Callable[..., str | bytes] = True,
+    ignore: Iterable[str] = (),
+    serializer: Serializer | None = None,
+    keep_result: bool = True,
+    error_ttl: Mapping[type[Exception], Duration] | None = None,
+    on_crash: Literal["rerun", "raise"] | Callable[..., Any] | Default = DEFAULT,
+    on_outage: Literal["raise", "run"] | Default = DEFAULT,
+) -> Decorator: ...
+def idempotent(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    backend: Backend | str | None = None,
+    key: str | Callable[..., str | None] | None = None,
+    namespace: str | None = None,
+    ttl: Duration | Default = DEFAULT,
+    lease: Duration | Default = DEFAULT,
+    wait: Duration | None | Default = DEFAULT,
+    fingerprint: bool | Callable[..., str | bytes] = True,
+    ignore: Iterable[str] = (),
+    serializer: Serializer | None = None,
+    keep_result: bool = True,
+    error_ttl: Mapping[type[Exception], Duration] | None = None,
+    on_crash: Literal["rerun", "raise"] | Callable[..., Any] | Default = DEFAULT,
+    on_outage: Literal["raise", "run"] | Default = DEFAULT,
+) -> Any:
+    """Make a sync or async function safe to call twice: its effect happens once, and every caller gets its answer.
+
+    Use it bare, `@idempotent`, or with options. The decorated function is a plain function of the same kind, with the
+    methods of `Idempotent`. It goes *under* a framework's own decorator (`@app.post`, `@app.task`), which registers
+    what it is given, and a retrying decorator goes above it.
+
+    Args:
+        backend: where records live: a Backend or its URL. None: what `configure` or `IDEMPOTENT_URL` say, else this
+            process's memory, with a warning.
+        key: what names the operation. A template of parameters with their attributes and items,
+            `"payment:{user_id}:{order.id}"`; or a callable that takes the call's arguments and returns text. None: all
+            the arguments, in a canonical form.
+        namespace: what the key is unique within. None: the function's `module.qualname`; give one before renaming it.
+        ttl: seconds or timedelta for which an outcome is replayed, counted from the outcome. Default one day.
+        lease: seconds or timedelta for which a claim stands without being renewed; it is renewed every third of it
+            while the function runs, and a dead runner's key is free again after it. Default 30.
+        wait: seconds or timedelta a duplicate waits for the running call; 0: it raises InProgress at once; None: no
+            limit. Default 30.
+        fingerprint: whether a key that comes with other arguments is refused. False: it is not; a callable takes the
+            call's arguments and returns the str or bytes to compare instead of them.
+        ignore: names of parameters that are part of neither key nor fingerprint: sessions, loggers, trace ids.
+        serializer: how the result becomes bytes: an object with `dumps(value) -> bytes` and `loads(bytes) -> value`.
+            None: JSON, its types rebuilt by the return annotation.
+        keep_result: False: remember only that it was done; the run returns its own value, replays return None.
+        error_ttl: exception classes to record and replay, subclasses included, each with its seconds or timedelta.
+            None: every exception releases the key, and the next call runs.
+        on_crash: what happens when a runner dies between its claim and its outcome. "rerun": the next call takes over
+            when the lease is over; "raise": calls raise OutcomeUnknown until somebody settles it with `resolve`; a
+            callable is a probe: it takes a Call and returns Applied(result), NotApplied() or StillUnknown().
+        on_outage: what happens when the claim cannot be confirmed. "raise": BackendUnavailable, and nothing ran;
+            "run": the function runs unprotected, with a warning and an event.
+
+    Raises, at decoration:
+        TypeError, ValueError: an option is wrong; the message names it.
+        SerializationError: the return annotation cannot be served.
+
+    Raises, when called: what the function raises, and
+        KeyRequired, UnstableKey, InvalidKey: the call gives no usable key.
+        FingerprintMismatch: the key was used with other arguments.
+        InProgress: `wait` ran out.
+        OutcomeUnknown, ResultUnavailable, LeaseLost: the function ran, and its outcome cannot be given.
+        BackendUnavailable: nothing ran.
+    """
+    given = {
+        name: value
+        for name, value in (
+            ("backend", backend),
+            ("ttl", ttl),
+            ("lease", lease),
+            ("wait", wait),
+            ("error_ttl", error_ttl),
+            ("on_crash", on_crash),
+            ("on_outage", on_outage),
+            ("serializer", serializer),
+        )
+        if value is not DEFAULT and (value is not None or name == "wait")
+    }
+    options = config.checked(given)
+    for name, flag in (("keep_result", keep_result),) + ((("fingerprint", fingerprint),) * (not callable(fingerprint))):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, not {flag!r}")
+    if key is not None and not isinstance(key, str) and not callable(key):
+        raise TypeError(f"key must be a template, a callable or None, not {key!r}")
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore must be a tuple of parameter names, such as ({ignore!r},)")
+
+    def decorate(function: Any) -> Any:
+        if isinstance(function, (classmethod, staticmethod)):
+            return type(function)(decorate(function.__func__))
+        return _build(
+            _Spec(
+                function,
+                options,
+                key=key,
+                namespace=namespace,
+                fingerprint=fingerprint,
+                ignore=tuple(ignore),
+                keep_result=keep_result,
+            ),
+            None,
+        )
+
+    return decorate if function is None else decorate(function)
+
+
+class _Spec:
+    """One decorated function: what was asked for, and the plan it makes with the defaults of the moment."""
+
+    def __init__(
+        self,
+        function: Any,
+        options: dict[str, Any],
+        *,
+        key: str | Callable[..., str | None] | None,
+        namespace: str | None,
+        fingerprint: bool | Callable[..., str | bytes],
+        ignore: tuple[str, ...],
+        keep_result: bool,
+    ) -> None:
+        _check_function(function)
+        self.function = function
+        self.is_async = _is_async(function)
+        self.options = options
+        self.keep_result = keep_result
+        self.namespace = _namespace(function, namespace)
+        self.binder = Binder(function, key=key, fingerprint=fingerprint, ignore=ignore)
+        self.stats = Stats()
+        probe = options.get("on_crash")
+        if not self.is_async and _is_async(probe):
+            raise TypeError(f"the probe {probe!r} is async, and a sync function cannot await it")
+        self._plan: Plan | None = None
+        self._settings: config.Settings | None = None
+        self._codec = self._make_codec(config.settings)
+
+    def _make_codec(self, settings: config.Settings) -> Codec | None:
+        if not self.keep_result:
+            return None
+        return codec_for(self.function, self.options.get("serializer") or settings.serializer)
+
+    def plan(self) -> Plan:
+        """The plan, made anew when `configure` has changed the defaults."""
+        settings = config.settings
+        if self._plan is None or self._settings is not settings:
+            options = self.options
+            shared = config.resolve_backend(options.get("backend"))
+            if self._settings is not None or settings.serializer is not None:
+                self._codec = self._make_codec(settings)
+            if self._codec is not None:
+                self._codec.ready()
+            self._plan = Plan(
+                backend=shared.asynchronous() if self.is_async else shared.blocking(),
+                flights=flow.flights_of(shared),
+                codec=cast("Codec", self._codec),
+                namespace=self.namespace,
+                ttl=options.get("ttl", settings.ttl),
+                lease=options.get("lease", settings.lease),
+                wait=options.get("wait", settings.wait),
+                keep_result=self.keep_result,
+                error_ttl=options.get("error_ttl", settings.error_ttl) or {},
+                on_crash=options.get("on_crash", settings.on_crash),
+                run_on_outage=options.get("on_outage", settings.on_outage) == "run",
+                hooks=settings.hooks,
+                stats=self.stats,
+            )
+            self._settings = config.settings
+        return self._plan
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
+        """The question that this call asks. Raises CallError for a call without a usable key, and TypeError for
+        arguments that do not fit the function.
+        """
+        named, fingerprint = self.binder.identify(args, kwargs, key)
+        bind = self.binder.bind
+        return Run(self.plan(), RecordId(self.namespace, named), fingerprint, lambda: bind(args, kwargs))
+
+    def question(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
+        """As `run`, for those who only look: after `with_key` the arguments may be left out."""
+        if key is not None and not args and not kwargs:
+            return Run(self.plan(), RecordId(self.namespace, key), b"", dict)
+        return self.run(args, kwargs, key)
+
+
+def _check_function(function: Any) -> None:
+    name = getattr(function, "__qualname__", repr(function))
+    if not callable(function):
+        raise TypeError(f"@idempotent decorates functions, not {function!r}; options go by keyword: @idempotent(key=...)")
+    if isinstance(function, type):
+        raise TypeError(f"@idempotent decorates functions, and {name} is a class; decorate its methods")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"{name} is a generator function: it has no one result that could be replayed")
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  an object whose __call__ is async is async
+    )
+
+
+def _namespace(function: Any, given: str | None) -> str:
+    if given is None:
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__qualname__", None)
+        if name is None:
+            raise ValueError(f"{function!r} has no name to make a namespace of; give namespace=")
+        return f"{function.__module__}.{name}"
+    if not isinstance(given, str):
+        raise TypeError(f"namespace must be text, not {given!r}")
+    if not given:
+        raise ValueError("namespace must not be empty")
+    check_key(given)
+    return given
+
+
+Pick = Callable[[Run, Replay], Any]
+
+
+def _value(_run: Run, replay: Replay) -> Any:
+    return replay.value
+
+
+def _outcome(run: Run, replay: Replay) -> Outcome[Any]:
+    return Outcome(
+        value=replay.value,
+        replayed=replay.replayed,
+        stored=replay.stored,
+        key=run.rid.key,
+        token=replay.token,
+        age=replay.age,
+    )
+
+
+def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
+    function = spec.function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = spec.run(args, kwargs, key)
+        try:
+            replay = drive(flow.begin(SYNC, run))
+            if replay is None:
+                with flow.Running(SYNC, run):
+                    value = function(*args, **kwargs)
+        except BaseException as error:
+            raised = error
+            finish(lambda: flow.abandon(SYNC, run, raised))
+            raise
+        if replay is None:
+            replay = finish(lambda: flow.settle(SYNC, run, value))
+        return pick(run, replay)
+
+    return call
+
+
+def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
+    from idempotent import _aio
+
+    function = spec.function
+    driver = _aio.ASYNC
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        run = spec.run(args, kwargs, key)
+        try:
+            replay = await flow.begin(driver, run)
+            if replay is None:
+                with flow.Running(driver, run):
+                    value = await function(*args, **kwargs)
+        except GeneratorExit:  # the coroutine is thrown away and can await nothing: the lease is left to run out
+            driver.drop(run)
+            run.plan.flights.land(run)
+            raise
+        except BaseException as error:
+            raised = error
+            await _aio.finish(lambda: flow.abandon(driver, run, raised))
+            raise
+        if replay is None:
+            replay = await _aio.finish(lambda: flow.settle(driver, run, value))
+        return pick(run, replay)
+
+    return call
+
+
+def _build(spec: _Spec, key: str | None) -> Any:
+    """The decorated function, with its methods; `key` is the one that `with_key` gave."""
+    make = _async_call if spec.is_async else _sync_call
+    # A function like any other: frameworks inspect its signature, its kind and its name.
+    wrapper: Any = functools.wraps(spec.function)(make(spec, key, _value))
+    wrapper.__wrapped__ = spec.function
+    wrapper.__idempotent__ = wrapper
+    wrapper.outcome = make(spec, key, _outcome)
+    wrapper.stats = lambda: Stats(spec.stats)
+
+    def key_for(*args: Any, **kwargs: Any) -> str:
+        return spec.binder.identify(args, kwargs, None)[0] if key is None else key
+
+    def with_key(key: str) -> Any:
+        return _build(spec, check_key(key))
+
+    async def peek(*args: Any, **kwargs: Any) -> Record | None:
+        return await flow.peek(spec.question(args, kwargs, key))
+
+    async def explain(*args: Any, **kwargs: Any) -> Explanation:
+        run = spec.question(args, kwargs, key)
+        return _explain(run, await flow.peek(run))
+
+    async def forget(*args: Any, force: bool = False, **kwargs: Any) -> bool:
+        return await flow.forget(spec.question(args, kwargs, key), force=force)
+
+    async def resolve(
+        key: str, *, result: Any = _UNSET, error: Exception | None = None, not_applied: bool = False
+    ) -> bool:
+        if (result is not _UNSET) + (error is not None) + bool(not_applied) != 1:
+            raise TypeError("resolve takes exactly one of result=, error= and not_applied=True")
+        run = Run(spec.plan(), RecordId(spec.namespace, check_key(key)), b"", dict)
+        return await flow.resolve(run, value=result, error=error, applied=not not_applied)
+
+    wrapper.key_for = key_for
+    wrapper.with_key = with_key
+    for method in (peek, explain, forget, resolve):
+        setattr(wrapper, method.__name__, method if spec.is_async else _driven(method))
+    return wrapper
+
+
+def _driven(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def driven(*args: Any, **kwargs: Any) -> Any:
+        return drive(method(*args, **kwargs))
+
+    return driven
+
+
+def _explain(run: Run, record: Record | None) -> Explanation:
+    plan = run.plan
+    decision: Decision
+    if record is None:
+        decision, reason = "would_run", "there is no record"
+    elif run.fingerprint and record.fingerprint and run.fingerprint.hex() != record.fingerprint:
+        decision, reason = "would_refuse", f"the {record.state} record was made for other arguments"
+    elif record.state in ("completed", "failed"):
+        decision, reason = "would_replay", f"it {record.state} {record.age:.1f} s ago"
+    elif record.state == "running" and (record.lease_left or 0.0) > 0:
+        decision = "would_refuse" if plan.wait == 0 else "would_wait"
+        reason = f"a call has been running for {record.age:.1f} s, its lease has {record.lease_left:.1f} s left"
+    elif record.state == "running" and plan.takeover:
+        decision, reason = "would_run", "the runner's lease is over, and this call would take over"
+    else:
+        decision = "would_refuse"
+        reason = "a runner died and its outcome is unknown" + ("; the probe would be asked" if plan.probe else "")
+    return Explanation(run.rid.key, record, decision, reason)
+
+
+def _find(function: Any) -> Any:
+    """The decorated function inside `function`: a framework's task, a partial, another decorator's wrapper."""
+    seen = function
+    for _ in range(32):
+        found = getattr(seen, "__idempotent__", None)
+        if found is not None and callable(found):
+            return found
+        for name in ("__wrapped__", "__func__", "run", "func"):
+            inner = getattr(seen, name, None)
+            if inner is not None and inner is not seen and callable(inner):
+                seen = inner
+                break
+        else:
+            break
+    raise TypeError(f"{function!r} holds no function decorated with @idempotent")
+
+
+def key_for(function: Any, /, *args: Any, **kwargs: Any) -> str:
+    """`function.key_for(...)`, for wrappers that hide attributes (a Celery task). TypeError where there is none."""
+    return cast("str", _find(function).key_for(*args, **kwargs))
+
+
+def with_key(function: Any, key: str, /) -> Any:
+    """`function.with_key(key)`, for wrappers that hide attributes."""
+    return _find(function).with_key(key)
+
+
+def outcome(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """`function.outcome(...)`, for wrappers that hide attributes; a coroutine for an async function."""
+    return _find(function).outcome(*args, **kwargs)
+
+
+def explain(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """`function.explain(...)`, for wrappers that hide attributes; a coroutine for an async function."""
+    return _find(function).explain(*args, **kwargs)
+
+
+def peek(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """`function.peek(...)`, for wrappers that hide attributes; a coroutine for an async function."""
+    return _find(function).peek(*args, **kwargs)
+
+
+def forget(function: Any, /, *args: Any, force: bool = False, **kwargs: Any) -> Any:
+    """`function.forget(...)`, for wrappers that hide attributes; a coroutine for an async function."""
+    return _find(function).forget(*args, force=force, **kwargs)
+
+
+def resolve(function: Any, key: str, /, **settle: Any) -> Any:
+    """`function.resolve(key, ...)`, for wrappers that hide attributes; a coroutine for an async function."""
+    return _find(function).resolve(key, **settle)
+
+
+def stats(function: Any, /) -> Stats:
+    """`function.stats()`, for wrappers that hide attributes."""
+    return cast("Stats", _find(function).stats())

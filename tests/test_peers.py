@@ -1,0 +1,213 @@
+"""What others get wrong, each as a test of ours; `colour` and `backend_url` as everywhere."""
+
+import asyncio
+import gc
+import threading
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from colours import COLOURS, Colour
+from test_calls import Counter, same
+
+from idempotent import (
+    InProgress,
+    LocalBackend,
+    ResultUnavailable,
+    UnstableKey,
+    configure,
+    idempotent,
+)
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    return request.param
+
+
+@pytest.fixture
+def effects() -> Counter:
+    return Counter()
+
+
+@pytest.mark.parametrize("value", [0, False, "", [], {}, None], ids=repr)
+def test_falsy_results_are_results(backend_url: str, colour: Colour, effects: Counter, value: Any) -> None:
+    def work() -> Any:
+        effects.hit()
+        return value
+
+    work = colour.define(work, backend=backend_url)
+    assert same(colour.call(work), value)
+    replay = colour.call(work.outcome)
+    assert replay.replayed
+    assert same(replay.value, value)
+    assert effects.count == 1
+
+
+def test_an_identical_retry_with_fingerprints_on_is_a_replay(backend_url: str, colour: Colour) -> None:
+    work = colour.define(lambda order, amount: [order, amount], backend=backend_url, key="{order}", namespace="n")
+    assert colour.call(work, "o", amount=Decimal("1")) == colour.call(work, "o", amount=Decimal("1"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(Decimal("1"), "1"), ((1, 2), [1, 2]), (1, True), (1, 1.0), ({"1": 1}, {1: 1}), (None, "None")]
+)
+def test_arguments_that_differ_in_type_do_not_share_a_key(
+    backend_url: str, colour: Colour, one: Any, other: Any
+) -> None:
+    work = colour.define(lambda value: value, backend=backend_url, namespace="n")
+    assert work.key_for(one) != work.key_for(other)
+    assert same(colour.call(work, one), one)
+    assert same(colour.call(work, other), other)
+
+
+def test_two_decorators_on_one_backend_keep_their_own_settings() -> None:
+    backend = LocalBackend()
+    runs: list[str] = []
+
+    @idempotent(backend=backend, key="k", ttl=60)
+    def first() -> str:
+        runs.append("first")
+        return "first"
+
+    @idempotent(backend=backend, key="k", ttl=7200)
+    def second() -> str:
+        runs.append("second")
+        return "second"
+
+    assert [first(), second(), first(), second()] == ["first", "second"] * 2
+    assert runs == ["first", "second"]
+    for function, ttl in ((first, 60), (second, 7200)):
+        record = function.peek()
+        assert record is not None
+        assert record.expires_in is not None
+        assert ttl - 30 < record.expires_in <= ttl
+
+
+def test_an_unencodable_result_neither_runs_twice_nor_blocks_the_key(
+    backend_url: str, colour: Colour, effects: Counter
+) -> None:
+    def work() -> Any:
+        effects.hit()
+        return threading.Lock()
+
+    work = colour.define(work, backend=backend_url, lease=0.2, wait=0)
+    for _ in range(3):
+        with pytest.raises(ResultUnavailable):
+            colour.call(work)
+    assert effects.count == 1
+
+
+@pytest.mark.parametrize("value", [(1, "a"), {1: "2"}, [(1,)], {"a": {1, 2}}], ids=repr)
+def test_replays_keep_tuples_and_integer_keys(backend_url: str, colour: Colour, value: Any) -> None:
+    work = colour.define(lambda: value, backend=backend_url, namespace="n")
+    assert same(colour.call(work), value)
+    assert same(colour.call(work), value)
+
+
+def test_an_ordinary_exception_does_not_block_the_retry(backend_url: str, colour: Colour, effects: Counter) -> None:
+    def work() -> int:
+        if effects.hit() == 1:
+            raise ConnectionError
+        return effects.count
+
+    work = colour.define(work, backend=backend_url, wait=0)
+    with pytest.raises(ConnectionError):
+        colour.call(work)
+    assert colour.call(work) == 2
+
+
+def test_the_lease_and_the_ttl_are_two_durations(backend_url: str, colour: Colour) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> int:
+        entered.set()
+        assert leave.wait(30)
+        return 1
+
+    work = colour.define(work, backend=backend_url, ttl=86_400, lease=5, wait=0)
+    first = colour.start(work)
+    assert entered.wait(30)
+    with pytest.raises(InProgress) as refused:
+        colour.call(work)
+    assert refused.value.retry_after <= 5
+    leave.set()
+    assert first.result(30) == 1
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), threading.Lock(), (n for n in range(3))], ids=lambda v: type(v).__name__)
+def test_arguments_without_a_stable_form_are_refused_and_never_dropped(
+    colour: Colour, effects: Counter, value: Any
+) -> None:
+    configure(backend="local://")
+    by_arguments = colour.define(lambda value: effects.hit(), namespace="n")
+    by_template = colour.define(lambda order, value: effects.hit(), namespace="n", key="{order}")
+    with pytest.raises(UnstableKey, match="ignore="):
+        colour.call(by_arguments, value)
+    with pytest.raises(UnstableKey, match="fingerprint="):
+        colour.call(by_template, "o", value)
+    assert effects.count == 0
+
+
+def test_a_rename_keeps_its_keys_when_a_namespace_is_given(backend_url: str, colour: Colour, effects: Counter) -> None:
+    def before(order: str) -> int:
+        return effects.hit()
+
+    def after(order: str) -> int:
+        return effects.hit()
+
+    old = colour.define(before, backend=backend_url, namespace="charge")
+    new = colour.define(after, backend=backend_url, namespace="charge")
+    assert colour.call(old, "o") == colour.call(new, "o") == 1
+
+
+def test_a_replay_is_a_copy_of_its_own(backend_url: str, colour: Colour) -> None:
+    @dataclass
+    class Basket:
+        lines: list[int]
+
+    def work() -> Basket:
+        return Basket([1])
+
+    work.__annotations__["return"] = Basket
+    work = colour.define(work, backend=backend_url)
+    colour.call(work).lines.append(2)
+    answers = colour.storm(work, 3)
+    answers[0].lines.append(3)
+    assert answers[1] == answers[2] == colour.call(work) == Basket([1])
+
+
+def test_ten_thousand_calls_leave_no_task_thread_or_flight_behind() -> None:
+    backend = LocalBackend(maxsize=100)
+
+    @idempotent(backend=backend)
+    async def work(order: int) -> int:
+        return order
+
+    async def main() -> None:
+        for order in range(10_000):
+            await work(order)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    threads = threading.active_count()
+    asyncio.run(main())
+    gc.collect()
+    assert threading.active_count() <= threads
+    assert len(backend._store.settled) <= 100
+    assert backend._store.open == {}
+    assert backend._store.signals.keys() == []
+
+
+def test_two_hundred_duplicates_ask_the_backend_twice_in_all(colour: Colour, effects: Counter) -> None:
+    from faulty import Faulty
+
+    backend = Faulty(LocalBackend())
+
+    def work() -> int:
+        threading.Event().wait(0.1)
+        return effects.hit()
+
+    work = colour.define(work, backend=backend)
+    assert colour.storm(work, 200) == [1] * 200
+    assert backend.calls == ["claim", "complete"]
