@@ -109,7 +109,9 @@ def exactly(one: Any, other: Any) -> bool:
         return repr(one) == repr(other)
     fields = canonical.fields_of(one)
     if fields is not None:
-        return exactly(fields, canonical.fields_of(other))
+        theirs = canonical.fields_of(other) or {}
+        mine = canonical.beside_fields(one, fields)
+        return exactly(fields, theirs) and exactly(mine, canonical.beside_fields(other, theirs))
     return bool(one == other)
 
 

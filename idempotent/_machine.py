@@ -47,7 +47,8 @@ The owner's commands; `own` means that attempt and token are those in the record
     release(unknown)    DONE, unknown  DONE, as is    STALE           STALE       GONE
 
 A release whose token is None takes back a claim that was never confirmed: it knows itself by its attempt alone and
-leaves a short tombstone where it finds nothing, so that the claim cannot be applied after it.
+leaves a short tombstone where it finds nothing, so that the claim cannot be applied after it. A record has one
+tombstone, of the last claim withdrawn: should an earlier one arrive after it, its lease runs out like a dead runner's.
 """
 
 from typing import NamedTuple

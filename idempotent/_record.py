@@ -60,10 +60,11 @@ class RecordId:
     def parse(cls, text: str) -> "RecordId":
         """The id whose `text` this is. Raises BackendError for any other string."""
         length, colon, rest = text[1:].partition(":")
-        if text[:1] in (CALLS, LOCKS) and colon and length.isdecimal():
+        if text[:1] in (CALLS, LOCKS) and colon and length.isdecimal() and len(length) < 10:
             cut = int(length)
-            if rest[cut : cut + 1] == ":":
-                return cls(rest[:cut], rest[cut + 1 :], text[0])
+            found = cls(rest[:cut], rest[cut + 1 :], text[0])
+            if found.text == text:
+                return found
         raise BackendError(f"{text[:80]!r} is no record id of ours")
 
     def __eq__(self, other: object) -> bool:
@@ -249,6 +250,8 @@ def unpack(data: bytes) -> Row:
         fingerprint = data[_HEAD.size : at]
         if state in (State.COMPLETED, State.FAILED):
             body = at + 1 + data[at]
+            if body > len(data):
+                raise ValueError
             return Row(
                 state,
                 token,

@@ -6,7 +6,6 @@ A waiter registers before it looks, so that no change between the look and the w
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,29 +78,17 @@ Waiter = ThreadWaiter | TaskWaiter
 class Signals:
     """Waiters by key. `notify` wakes all who wait for a key."""
 
-    __slots__ = ("__weakref__", "_lock", "_waiters", "on_first", "on_last")
+    __slots__ = ("__weakref__", "_lock", "_waiters")
 
-    def __init__(
-        self,
-        on_first: Callable[[str], None] | None = None,
-        on_last: Callable[[str], None] | None = None,
-    ) -> None:
-        """`on_first` and `on_last` are called, under the lock, when a key gets its first and loses its last waiter."""
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiters: dict[str, set[Waiter]] = {}
-        self.on_first = on_first
-        self.on_last = on_last
         _all.add(self)
 
     def add(self, key: str, waiter: Waiter) -> None:
         """Register `waiter`: from now on no change of `key` is missed."""
         with self._lock:
-            waiters = self._waiters.get(key)
-            if waiters is None:
-                waiters = self._waiters[key] = set()
-                if self.on_first is not None:
-                    self.on_first(key)
-            waiters.add(waiter)
+            self._waiters.setdefault(key, set()).add(waiter)
 
     def discard(self, key: str, waiter: Waiter) -> None:
         """Take `waiter` off the list. May be called twice."""
@@ -111,8 +98,6 @@ class Signals:
                 waiters.discard(waiter)
                 if not waiters:
                     del self._waiters[key]
-                    if self.on_last is not None:
-                        self.on_last(key)
 
     def notify(self, key: str) -> None:
         """Wake everyone who waits for `key`."""

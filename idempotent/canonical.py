@@ -11,10 +11,11 @@ instant in two time zones is two values, for the same reason: a function can tel
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
@@ -24,7 +25,7 @@ import orjson
 
 from idempotent.errors import SerializationError, UnstableKey
 
-__all__ = ["KEPT", "dumps", "encode", "fields_of", "loads"]
+__all__ = ["KEPT", "beside_fields", "dumps", "encode", "fields_of", "loads"]
 
 _MAX_DEPTH = 200
 """Deeper nesting is refused: long before Python's own recursion limit, wherever on the stack a call comes from."""
@@ -46,7 +47,7 @@ def encode(value: object, where: str = "argument") -> bytes:
     """
     try:
         return orjson.dumps(_canonical(value, where, 0))
-    except (TypeError, ValueError) as error:  # orjson's JSONEncodeError: a lone surrogate
+    except (TypeError, ValueError, RecursionError) as error:  # orjson's own: a lone surrogate
         raise UnstableKey(f"{where} cannot be made a key of: {error}; {_WAYS_OUT}") from None
 
 
@@ -66,46 +67,43 @@ def _canonical(value: Any, where: str, depth: int) -> Any:
         return scalar(value, where)
     depth += 1
     if kind is list:
-        return ["l", *[_canonical(item, f"{where}[{n}]", depth) for n, item in enumerate(value)]]
+        return ["l", *[_canonical(item, where, depth) for item in value]]
     if kind is tuple:
-        return ["t", *[_canonical(item, f"{where}[{n}]", depth) for n, item in enumerate(value)]]
+        return ["t", *[_canonical(item, where, depth) for item in value]]
     if kind is dict:
-        return ["d", *_sorted_pairs(value.items(), where, depth)]
+        return ["d", *_sorted_pairs(value, where, depth)]
     if kind is set or kind is frozenset:
         tag = "s" if kind is set else "f"
-        return [tag, *sorted((_canonical(item, f"an item of {where}", depth) for item in value), key=orjson.dumps)]
+        return [tag, *sorted([_canonical(item, where, depth) for item in value], key=orjson.dumps)]
     return _instance(value, kind, where, depth)
 
 
-def _sorted_pairs(items: Any, where: str, depth: int) -> list[Any]:
-    pairs = [
-        [_canonical(key, f"a key of {where}", depth), _canonical(item, f"{where}[{key!r:.40}]", depth)]
-        for key, item in items
-    ]
-    return sorted(pairs, key=lambda pair: orjson.dumps(pair[0]))
+def _sorted_pairs(value: dict[Any, Any], where: str, depth: int) -> list[Any]:
+    """Keys and values in turn, in the order of the keys' bytes."""
+    pairs = [(_canonical(key, where, depth), _canonical(item, where, depth)) for key, item in value.items()]
+    return [part for pair in sorted(pairs, key=lambda pair: orjson.dumps(pair[0])) for part in pair]
 
 
 def _float(value: float, where: str) -> list[str]:
     if math.isnan(value):
-        raise UnstableKey(f"{where} is NaN, which equals nothing, not even itself; {_WAYS_OUT}")
+        raise UnstableKey(f"{where} is or holds NaN, which equals nothing, not even itself; {_WAYS_OUT}")
     return ["n", value.hex()]
 
 
 def _decimal(value: Decimal, where: str) -> list[str]:
     if value.is_nan():
-        raise UnstableKey(f"{where} is a Decimal NaN, which equals nothing, not even itself; {_WAYS_OUT}")
+        raise UnstableKey(f"{where} is or holds a Decimal NaN, which equals nothing, not even itself; {_WAYS_OUT}")
     return ["D", str(value)]
 
 
-def _datetime(value: datetime, where: str) -> list[Any]:
-    zone = value.tzinfo
-    if zone is None:
-        return ["dt", value.isoformat(), value.fold]
-    return ["dt", value.isoformat(), value.fold, str(zone)]
-
-
-def _time(value: time, where: str) -> list[Any]:
-    return ["tm", value.isoformat(), value.fold, None if value.tzinfo is None else str(value.tzinfo)]
+def _moment(tag: str, value: datetime | time, where: str) -> list[Any]:
+    try:
+        zone = _zone(value.tzinfo)
+    except SerializationError:
+        raise UnstableKey(
+            f"{where} is or holds a time in a zone that has no name of its own; use zoneinfo or an offset, or {_WAYS_OUT}"
+        ) from None
+    return [tag, value.replace(tzinfo=None).isoformat(), value.fold, zone]
 
 
 _SCALARS: dict[type, Callable[[Any, str], Any]] = {
@@ -113,9 +111,9 @@ _SCALARS: dict[type, Callable[[Any, str], Any]] = {
     Decimal: _decimal,
     bytes: lambda value, _: ["b", value.hex()],
     bytearray: lambda value, _: ["ba", value.hex()],
-    datetime: _datetime,
+    datetime: lambda value, where: _moment("dt", value, where),
     date: lambda value, _: ["da", value.isoformat()],
-    time: _time,
+    time: lambda value, where: _moment("tm", value, where),
     timedelta: lambda value, _: ["td", value.days, value.seconds, value.microseconds],
     UUID: lambda value, _: ["u", value.hex],
     complex: lambda value, where: ["c", _float(value.real, where), _float(value.imag, where)],
@@ -126,22 +124,27 @@ def _instance(value: Any, kind: type, where: str, depth: int) -> Any:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, type):
         return ["class", f"{value.__module__}.{value.__qualname__}"]
-    if isinstance(value, Enum):
-        return ["enum", name, value.name]
+    if isinstance(value, Enum):  # a combination of flags may have no name
+        return ["enum", name, value.name if value.name is not None else [_canonical(value.value, where, depth)]]
     if isinstance(value, PurePath):
         return ["path", name, str(value)]
+    container = next((base for base in _CONTAINERS if isinstance(value, base)), None)
     fields = fields_of(value)
-    if fields is not None:
-        return ["o", name, *_sorted_pairs(fields.items(), where, depth)]
-    for base in (str, int, float, bytes, Decimal, datetime, date, UUID):
-        if isinstance(value, base) and kind.__eq__ is base.__eq__:
-            return ["sub", name, _canonical(_as_base(base, value), where, depth)]
-    for container in (dict, list, tuple, set, frozenset):
-        if isinstance(value, container) and kind.__eq__ is container.__eq__:
+    if fields is not None and (container is None or container is tuple):
+        return ["o", name, *_sorted_pairs({**fields, **beside_fields(value, fields)}, where, depth)]
+    if fields is None:
+        for base in (str, int, float, bytes, Decimal, datetime, date, UUID):
+            if isinstance(value, base) and kind.__eq__ is base.__eq__:
+                return ["sub", name, _canonical(_as_base(base, value), where, depth)]
+        if container is not None and kind.__eq__ is container.__eq__:
             return ["sub", name, _canonical(container(value), where, depth)]
-    if kind.__module__ == "ipaddress":
-        return ["ip", name, str(value)]
-    raise UnstableKey(f"{where} is a {name}, which has no stable canonical form; {_WAYS_OUT}")
+        if kind.__module__ == "ipaddress":
+            return ["ip", name, str(value)]
+    verb = "is" if depth == 1 else "holds"
+    raise UnstableKey(f"{where} {verb} a {name}, which has no stable canonical form; {_WAYS_OUT}")
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def _as_base(base: type, value: Any) -> Any:
@@ -162,16 +165,30 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     """The fields of an instance of a class that declares them; None for any other."""
     kind = type(value)
     if dataclasses.is_dataclass(kind):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(kind) if hasattr(value, field.name)}
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        names = [field.name for field in dataclasses.fields(kind)]
+    elif isinstance(value, tuple) and hasattr(kind, "_fields"):
         return dict(zip(kind._fields, value, strict=True))
-    if hasattr(kind, "__struct_fields__"):
-        return {name: getattr(value, name) for name in kind.__struct_fields__}
-    if hasattr(kind, "__attrs_attrs__"):
-        return {attribute.name: getattr(value, attribute.name) for attribute in kind.__attrs_attrs__}
-    if hasattr(kind, "model_fields") and hasattr(value, "__pydantic_fields_set__"):
+    elif hasattr(kind, "__struct_fields__"):
+        names = kind.__struct_fields__
+    elif hasattr(kind, "__attrs_attrs__"):
+        names = [attribute.name for attribute in kind.__attrs_attrs__]
+    elif hasattr(kind, "model_fields") and hasattr(value, "__pydantic_fields_set__"):
         return {**value.__dict__, **(value.__pydantic_extra__ or {})}
-    return None
+    else:
+        return None
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def beside_fields(value: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """What an instance holds besides its declared fields; values of cached properties are no content."""
+    kind = type(value)
+    beside = {
+        name: item
+        for name, item in getattr(value, "__dict__", {}).items()
+        if name not in fields and not isinstance(getattr(kind, name, None), cached_property)
+    }
+    private = getattr(value, "__pydantic_private__", None)
+    return {**beside, **private} if private else beside
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -202,7 +219,7 @@ def dumps(value: object, *, rows: bool = False) -> tuple[bytes, bool]:
     walk = _Walk(rows)
     try:
         return orjson.dumps(_keep(value, walk, 0)), walk.reduced
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SerializationError(f"the value cannot be kept as JSON: {error}") from None
 
 
@@ -222,9 +239,17 @@ def _keep(value: Any, walk: _Walk, depth: int) -> Any:
     if kind is dict:
         if all(type(key) is str for key in value) and _TAG not in value:
             return {key: _keep(item, walk, depth) for key, item in value.items()}
-        return {_TAG: ["d", *[[_keep(key, walk, depth), _keep(item, walk, depth)] for key, item in value.items()]]}
-    if kind in _SEQUENCES:
-        return {_TAG: [_SEQUENCES[kind], *[_keep(item, walk, depth) for item in value]]}
+        keys = _distinct(value, walk, depth)
+        if keys is None:
+            raise SerializationError("the keys of a dict, reduced to plain values, would not be keys of their own")
+        return {_TAG: ["d", *[[key, _keep(item, walk, depth)] for key, item in zip(keys, value.values(), strict=True)]]}
+    if kind is tuple:
+        return {_TAG: ["t", *[_keep(item, walk, depth) for item in value]]}
+    if kind is set or kind is frozenset:
+        items = _distinct(value, walk, depth)
+        if items is None:
+            return [_keep(item, walk, depth) for item in value]
+        return {_TAG: ["s" if kind is set else "f", *items]}
     kept = KEPT.get(kind)
     if kept is not None:
         return {_TAG: kept(value)}
@@ -232,15 +257,30 @@ def _keep(value: Any, walk: _Walk, depth: int) -> Any:
     if isinstance(value, Enum):
         return _keep(value.value, walk, depth)
     fields = fields_of(value)
-    if fields is not None:
+    if fields is not None and (not isinstance(value, _CONTAINERS) or isinstance(value, tuple)):
         return _keep(list(fields.values()) if walk.rows and isinstance(value, tuple) else fields, walk, depth)
     for base in (str, int, float, bytes, Decimal, datetime, date, UUID):
         if isinstance(value, base):
             return _keep(_as_base(base, value), walk, depth)
-    for container in (dict, list, tuple, set, frozenset):
-        if isinstance(value, container):
+    for container in _CONTAINERS:
+        if isinstance(value, container) and fields is None:
             return _keep(container(value), walk, depth)
     raise SerializationError(f"a {kind.__module__}.{kind.__qualname__} cannot be kept as JSON")
+
+
+def _distinct(items: Iterable[Any], walk: _Walk, depth: int) -> list[Any] | None:
+    """Set items or dict keys as they are kept; None if reducing instances would make two of them one, or unhashable."""
+    reduced, walk.reduced = walk.reduced, False
+    kept = [_keep(item, walk, depth) for item in items]
+    if walk.reduced:
+        try:
+            whole = len({_rebuild(item) for item in kept}) == len(kept)
+        except TypeError:
+            whole = False
+    else:
+        whole = True
+    walk.reduced |= reduced
+    return kept if whole else None
 
 
 def _zone(zone: Any) -> Any:
@@ -269,7 +309,6 @@ def _unzone(data: Any) -> Any:
     return plain if plain.tzname(None) == data[3] else timezone(offset, data[3])
 
 
-_SEQUENCES: dict[type, str] = {tuple: "t", set: "s", frozenset: "f"}
 KEPT: dict[type, Callable[[Any], list[Any]]] = {
     bytes: lambda value: ["b", value.hex()],
     bytearray: lambda value: ["ba", value.hex()],
@@ -306,7 +345,7 @@ def loads(data: bytes) -> Any:
         value = orjson.loads(data)
         # Without a tag in the bytes there is nothing to rebuild, and most results have none.
         return _rebuild(value) if b'"$"' in data else value
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError, ArithmeticError, OSError) as error:
+    except Exception as error:  # a forged or damaged record can break any constructor in any way
         raise SerializationError(f"the record cannot be decoded: {type(error).__name__}") from error
 
 

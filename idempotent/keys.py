@@ -48,13 +48,14 @@ def check_key(key: object) -> str:
         raise KeyRequired("the key is missing or empty; every call needs one, such as an order's id or new_key()")
     if not isinstance(key, str):
         raise InvalidKey(f"a key must be text, not {type(key).__name__}")
+    key = str.__str__(key)  # of a str Enum, the text and not the member's name
     if len(key) > MAX_KEY:
         raise InvalidKey(f"the key has {len(key)} characters, and {MAX_KEY} are allowed; digest long values first")
     if not (key.isascii() and key.isprintable()):
         for place, character in enumerate(key):
             if category(character) in ("Cc", "Cs"):
                 raise InvalidKey(f"the key holds the control character {character!r} at position {place}")
-    return str(key)
+    return key
 
 
 class Binder:
@@ -90,11 +91,10 @@ class Binder:
         self._key = key
         self._fingerprint = fingerprint
         self._template = _Template(key, tuple(parameters)) if isinstance(key, str) else None
-        left_out = set(ignore)
         first = next(iter(parameters), None)
-        if key is not None and first in ("self", "cls"):
-            left_out.add(first)
-        self._left_out = frozenset(left_out)
+        self._receiver = frozenset({first} & {"self", "cls"})
+        """The instance or class of a method: where a key is given, part of neither key nor fingerprint."""
+        self._left_out = frozenset(ignore) if key is None else frozenset(ignore) | self._receiver
         kinds = {parameter.kind for parameter in parameters.values()}
         self._plain = tuple(parameters) if kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
         self._defaults = {
@@ -127,7 +127,7 @@ class Binder:
         bound = self.bind(args, kwargs)
         digest = b""
         if self._fingerprint is True or (key is None and self._key is None):
-            digest = _digest(bound, self._left_out)
+            digest = _digest(bound, self._left_out if key is None else self._left_out | self._receiver)
         if key is None:
             if self._template is not None:
                 key = check_key(self._template.render(bound))
@@ -251,15 +251,19 @@ def _render(value: Any, field: str) -> str:
     kind = type(value)
     if kind is str:
         return str(value)
+    if kind is int and value.bit_length() > 4 * MAX_KEY:
+        raise InvalidKey(f"the key template's field {{{field}}} is a number of more than {MAX_KEY} digits")
     if kind in (int, bool, UUID, Decimal):
         return str(value)
     if value is None:
         raise KeyRequired(f"the key template's field {{{field}}} is None")
-    if isinstance(value, Enum):
+    if isinstance(value, Enum) and value.name is not None:
         return value.name
     if isinstance(value, (datetime, date, day_time)):
         return value.isoformat()
-    if isinstance(value, (str, int, UUID, Decimal)):
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, (int, UUID, Decimal)) and not isinstance(value, Enum):
         return str(value)
     raise UnstableKey(
         f"the key template's field {{{field}}} is a {kind.__qualname__}; a key takes str, int, bool, UUID, Decimal,"

@@ -343,7 +343,7 @@ def test_equal_instances_have_equal_bytes(make: Callable[[], Any]) -> None:
 def test_the_bytes_of_a_value_do_not_change_between_versions() -> None:
     value = {"b": (1, 2.5, None), "a": [True, "x", Decimal("1.0"), b"\x00", {3}]}
     assert encode(value) == (
-        b'["d",["a",["l",true,"x",["D","1.0"],["b","00"],["s",3]]],["b",["t",1,["n","0x1.4000000000000p+1"],null]]]'
+        b'["d","a",["l",true,"x",["D","1.0"],["b","00"],["s",3]],"b",["t",1,["n","0x1.4000000000000p+1"],null]]'
     )
 
 
@@ -411,9 +411,11 @@ def test_an_unstable_part_makes_the_whole_unstable(make: Callable[[], Any], wrap
         encode(wrap(make()), "the argument 'order'")
 
 
-def test_the_error_says_which_part_of_the_argument_is_unstable() -> None:
-    with pytest.raises(UnstableKey, match=r"the argument 'order'\['lines'\]\[1\] is a test_canonical\.Opaque"):
+def test_the_error_says_which_argument_is_unstable_and_why() -> None:
+    with pytest.raises(UnstableKey, match=r"the argument 'order' holds a test_canonical\.Opaque"):
         encode({"lines": [1, Opaque()]}, "the argument 'order'")
+    with pytest.raises(UnstableKey, match=r"the argument 'order' is a test_canonical\.Opaque"):
+        encode(Opaque(), "the argument 'order'")
 
 
 @pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: (value,)], ids=["list", "tuple"])
@@ -426,7 +428,6 @@ def test_nesting_of_two_hundred_levels_is_served_and_more_is_refused(wrap: Calla
         encode([[value]])
 
 
-@pytest.mark.xfail(strict=True, reason="the canonical form of a dict is two lists deep, and orjson stops at 255")
 def test_dicts_nested_two_hundred_levels_are_served_as_lists_are() -> None:
     value: Any = 1
     for _ in range(200):
@@ -434,19 +435,16 @@ def test_dicts_nested_two_hundred_levels_are_served_as_lists_are() -> None:
     encode(value)
 
 
-@pytest.mark.xfail(strict=True, reason="a flag without a name is encoded as None")
 def test_flags_that_have_no_name_have_bytes_of_their_own() -> None:
     assert len({encode(Bits(value)) for value in (0, 1, 8, 16)}) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="a time zone of any class is stringified, address and all")
 def test_a_time_zone_without_a_name_of_its_own_is_no_stable_value() -> None:
     for value in (datetime(2024, 1, 1, tzinfo=NoZone()), time(1, tzinfo=NoZone())):
         with pytest.raises(UnstableKey):
             encode(value)
 
 
-@pytest.mark.xfail(strict=True, reason="only the name of a zone is encoded, not its class")
 def test_utc_and_the_zone_named_utc_have_bytes_of_their_own() -> None:
     assert encode(datetime(2024, 1, 1, tzinfo=UTC)) != encode(datetime(2024, 1, 1, tzinfo=ZoneInfo("UTC")))
 
@@ -459,31 +457,26 @@ def bytes_or_refusal(value: object) -> object:
         return object()
 
 
-@pytest.mark.xfail(strict=True, reason="only the fields of a dataclass are looked at")
 def test_what_an_instance_holds_beside_its_fields_is_not_dropped() -> None:
     one, two = Labelled(Decimal(1)), Labelled(Decimal(1))
     one.label, two.label = "a", "b"
     assert bytes_or_refusal(one) != bytes_or_refusal(two)
 
 
-@pytest.mark.xfail(strict=True, reason="only the fields of a dataclass are looked at")
 def test_the_items_of_a_dataclass_that_is_a_dict_are_not_dropped() -> None:
     assert bytes_or_refusal(Bag("b", a=1)) != bytes_or_refusal(Bag("b", a=2))
 
 
-@pytest.mark.xfail(strict=True, reason="the key is shown in the place of an error that nobody has yet")
 def test_a_dict_key_that_cannot_be_shown_can_be_encoded() -> None:
     encode({10**5000: 1})
 
 
-@pytest.mark.xfail(strict=True, reason="dict keys stand in the message, and may be what a caller keeps to himself")
 def test_the_error_holds_no_part_of_the_argument() -> None:
     with pytest.raises(UnstableKey) as caught:
         encode({"4242-4242": object()})
     assert "4242" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="attrs fields are read whether they are set or not")
 def test_an_attrs_field_that_was_never_set_is_left_out() -> None:
     encode(Unset())
     assert loads(dumps(Unset())[0]) == {}
@@ -794,7 +787,6 @@ def test_what_has_no_json_form_is_a_serialization_error(make: Callable[[], Any],
         dumps(wrap(make()))
 
 
-@pytest.mark.xfail(strict=True, reason="a set item or dict key is reduced to a dict, which loads cannot put there")
 @pytest.mark.parametrize("value", [{Frozen(1)}, frozenset([Point(1, 2)]), {Frozen(1): 1}, {Point(1, 2): 1}])
 @pytest.mark.parametrize("rows", [False, True])
 def test_what_dumps_takes_loads_can_read(value: Any, rows: bool) -> None:
@@ -805,7 +797,6 @@ def test_what_dumps_takes_loads_can_read(value: Any, rows: bool) -> None:
     loads(data)
 
 
-@pytest.mark.xfail(strict=True, reason="two keys are reduced to one, and one item is lost")
 @pytest.mark.parametrize("value", [{Colour.RED: 1, "red": 2}, {Colour.RED, "red"}])
 def test_reducing_loses_no_item(value: Any) -> None:
     try:
@@ -904,7 +895,6 @@ def test_a_tag_with_arbitrary_data_is_decoded_or_is_a_serialization_error(value:
     loads_or_refuses(json.dumps(value).encode())
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="UUID(hex=5) is an AttributeError")
 def test_a_uuid_that_is_no_text_is_a_serialization_error() -> None:
     with pytest.raises(SerializationError):
         loads(b'{"$":["u",5]}')

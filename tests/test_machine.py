@@ -384,24 +384,6 @@ def test_a_withdrawn_claim_is_refused_until_its_tombstone_ends() -> None:
     assert on_claim(tombstone, ask(A), end) == (Granted(end), runs(A, end, end))
 
 
-@pytest.mark.xfail(strict=True, reason="a row holds one tombstone")
-def test_a_withdrawn_claim_is_refused_also_after_another_was_withdrawn() -> None:
-    _, first = on_release(None, A, None, SINCE)
-    assert isinstance(first, Row)
-    _, second = on_release(first, B, None, SINCE + 1)
-    assert not isinstance(on_claim(apply(first, second), ask(A), SINCE + 2)[0], Granted)
-
-
-@pytest.mark.xfail(strict=True, reason="a row holds one tombstone")
-def test_a_withdrawn_claim_is_refused_also_after_another_ran_and_released() -> None:
-    _, row = on_release(None, A, None, SINCE)
-    assert isinstance(row, Row)
-    reply, running = on_claim(row, ask(B), SINCE + 1)
-    assert isinstance(reply, Granted)
-    _, released = on_release(running, B, reply.token, SINCE + 2)
-    assert not isinstance(on_claim(apply(running, released), ask(A), SINCE + 3)[0], Granted)
-
-
 # ------------------------------------------------------------------------------------------------------- tokens
 
 
@@ -540,20 +522,6 @@ def test_a_claim_applied_twice_changes_nothing_the_second_time_and_answers_the_s
         assert again.token == first.token
     else:
         assert again == first
-
-
-@pytest.mark.xfail(strict=True, reason="the second reply does not say that the record was taken over")
-def test_a_takeover_sent_twice_is_told_twice() -> None:
-    first, row = on_claim(RUNNING, ask(B), LATE)
-    assert on_claim(row, ask(B), LATE)[0] == first
-
-
-@pytest.mark.xfail(strict=True, reason="a row that was unknown has lost its retention")
-def test_a_record_that_was_unknown_for_a_while_is_kept_as_long_as_asked_when_it_runs_again() -> None:
-    _, unknown = on_claim(KEPT, ask(B, takeover=False), LATE)
-    _, row = renew(unknown, A, TOKEN, LATE)
-    assert isinstance(row, Row)
-    assert row.expires == LATE + RENEWED_BY + KEEP
 
 
 @pytest.mark.parametrize("found", [None, *RECORDS, WITHDRAWN], ids=by_state)

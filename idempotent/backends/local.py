@@ -16,6 +16,7 @@ from idempotent import _machine as machine
 from idempotent._record import (
     Answer,
     Claim,
+    Granted,
     Record,
     RecordId,
     Row,
@@ -40,7 +41,7 @@ class _Store:
 
     def __init__(self, maxsize: int, clock: Callable[[], int]) -> None:
         self.clock = clock
-        self.last = 0
+        self.last_token = 0
         self.open: dict[str, Row] = {}
         self.settled: TLRUCache[str, Row] = TLRUCache(
             maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=clock
@@ -71,10 +72,10 @@ class _Store:
         else:
             self.settled.pop(key, None)
 
-    def tick(self) -> int:
-        """The time, and later than any tick before: a token taken from it is new even when its record is gone."""
-        self.last = max(self.clock(), self.last + 1)
-        return self.last
+    def new_token(self, token: int) -> int:
+        """`token`, or the next one that was never granted: the record that had it last may be gone."""
+        self.last_token = max(token, self.last_token + 1)
+        return self.last_token
 
 
 class LocalBackend(Backend):
@@ -122,7 +123,7 @@ class LocalBackend(Backend):
     ) -> Claim:
         store = self._store
         with store.lock:
-            now = store.tick()
+            now = store.clock()
             ask = machine.Ask(
                 attempt,
                 fingerprint,
@@ -132,6 +133,9 @@ class LocalBackend(Backend):
                 over,
             )
             reply, row = machine.on_claim(store.find(rid.text), ask, now)
+            if row is not None and isinstance(reply, Granted):
+                token = store.new_token(row.token)
+                reply, row = reply._replace(token=token), row._replace(token=token)
             store.put(rid.text, row)
         return reply
 
