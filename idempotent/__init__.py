@@ -114,7 +114,8 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if not TYPE_CHECKING:
-    __all__ = ["__version__", *sorted(_HOME_OF)]
+    # SQLBackend needs an extra, and a star import must not.
+    __all__ = ["__version__", *sorted(_HOME_OF.keys() - {"SQLBackend"})]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from idempotent.events import Hook, log_event
 
 __all__ = ["DEFAULT", "Default", "Duration", "Settings", "configure", "open_backend", "seconds", "settings"]
 
+
 class Default(Enum):
     """The type of DEFAULT: an option that was not given, so that `configure` decides it."""
 

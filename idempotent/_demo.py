@@ -138,7 +138,9 @@ def _work(setup: Setup, pipe: Connection) -> None:
         try:
             while True:
                 answers.append(ask(order))
-                if random.random() >= setup.loss or len(answers) == 10:  # else the reply is lost: the client calls again
+                if (
+                    random.random() >= setup.loss or len(answers) == 10
+                ):  # else the reply is lost: the client calls again
                     break
         except BackendError as error:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
@@ -155,7 +157,7 @@ class _Crew:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._context = multiprocessing.get_context("spawn")
-        self.members: dict[Connection, Any] = {}
+        self.members: dict[Any, Any] = {}
         for _ in range(WORKERS):
             self.hire()
 
@@ -180,10 +182,10 @@ class _Crew:
 def _tasks(orders: int, seed: int) -> list[tuple[str, int, bool]]:
     """Each order, clicked one to three times; the duplicates stand side by side, so workers take them together."""
     random = Random(seed)
-    tasks = []
+    tasks: list[tuple[str, int, bool]] = []
     for number in range(orders):
-        for _ in range(random.choice((1, 2, 2, 3))):
-            tasks.append((f"order-{number}", random.getrandbits(32), False))
+        clicks = random.choice((1, 2, 2, 3))
+        tasks += [(f"order-{number}", random.getrandbits(32), False) for _ in range(clicks)]
     # One worker is killed inside this order; a redelivery, and a second one, follow.
     tasks.insert(len(tasks) // 3, ("killed-order", random.getrandbits(32), True))
     return tasks
@@ -202,7 +204,10 @@ def _storm(setup: Setup, orders: int, seed: int, progress: "Callable[[str, int, 
         while done < total:
             for pipe in wait(list(crew.members)):
                 assert isinstance(pipe, Connection)
-                kind, what = pipe.recv()
+                try:
+                    kind, what = pipe.recv()
+                except EOFError:
+                    raise BackendError("a worker process ended unexpectedly") from None
                 if kind == "error":
                     raise BackendError(what)
                 if kind == "inside":
@@ -277,8 +282,12 @@ def _table(results: list[Result]) -> Iterator[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's options."""
-    parser.add_argument("--backend", metavar="URL", help="where records live (default: an SQLite file made for the demo)")
-    parser.add_argument("--orders", type=_orders, default=40, metavar="N", help="how many orders, 1 to 10000 (default 40)")
+    parser.add_argument(
+        "--backend", metavar="URL", help="where records live (default: an SQLite file made for the demo)"
+    )
+    parser.add_argument(
+        "--orders", type=_orders, default=40, metavar="N", help="how many orders, 1 to 10000 (default 40)"
+    )
     parser.add_argument(
         "--loss", type=_loss, default=0.3, metavar="P", help="how many replies are lost, 0 to 0.9 (default 0.3)"
     )
@@ -339,7 +348,8 @@ def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack) 
     held = not (safe.double_charges or safe.never_charged or safe.disagreed)
     if options.json:
         shown = [
-            {name: value for name, value in vars(result).items() if name != "answers"} | {"seconds": round(result.seconds, 3)}
+            {name: value for name, value in vars(result).items() if name != "answers"}
+            | {"seconds": round(result.seconds, 3)}
             for result in results
         ]
         report = {
@@ -356,7 +366,9 @@ def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack) 
         print("\n".join(_table(results)))
         print()
         if held:
-            print(f"@idempotent charged each of {options.orders + 1} orders exactly once, and every caller got its receipt.")
+            print(
+                f"@idempotent charged each of {options.orders + 1} orders exactly once, and every caller got its receipt."
+            )
         else:
             print("@idempotent broke its promise; please report this seed.")
     return 0 if held else 1

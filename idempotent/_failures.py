@@ -34,6 +34,7 @@ def decode_error(data: bytes, named: tuple[type[Exception], ...]) -> Exception:
 
     Raises SerializationError for other bytes, and where none of its bases is named.
     """
+    names: list[str] = []
     try:
         names, args, attributes = canonical.loads(data)
         known = {_name(cls): cls for cls in _loaded(named)}
@@ -46,7 +47,7 @@ def decode_error(data: bytes, named: tuple[type[Exception], ...]) -> Exception:
         error: Exception = cls.__new__(cls, *args)
         # The class's own __init__ takes what its author likes; that of its built-in base takes `args`.
         base = next(base for base in cls.__mro__ if "__init__" in vars(base) and not _in_python(base))
-        base.__init__(error, *args)
+        base.__init__(error, *args)  # type: ignore[misc]
         error.__dict__.update(attributes)
     except Exception as failure:
         raise SerializationError(f"{cls.__qualname__} cannot be rebuilt: {failure}") from failure

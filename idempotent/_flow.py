@@ -23,7 +23,6 @@ from idempotent import events
 from idempotent._record import (
     ATTEMPT_BYTES,
     Answer,
-    Busy,
     Granted,
     Mismatched,
     Record,
@@ -183,7 +182,9 @@ class Run:
         "valid_until",
     )
 
-    def __init__(self, plan: Plan, rid: RecordId, fingerprint: bytes, arguments: Callable[[], Mapping[str, Any]]):
+    def __init__(
+        self, plan: Plan, rid: RecordId, fingerprint: bytes, arguments: Callable[[], Mapping[str, Any]]
+    ) -> None:
         self.plan = plan
         self.rid = rid
         self.fingerprint = fingerprint
@@ -539,9 +540,7 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
             return reply
         if isinstance(reply, Mismatched):
             run.report("mismatched", age=reply.age)
-            raise FingerprintMismatch(
-                rid.digest, age=reply.age, stored=reply.stored.hex(), given=run.fingerprint.hex()
-            )
+            raise FingerprintMismatch(rid.digest, age=reply.age, stored=reply.stored.hex(), given=run.fingerprint.hex())
         if isinstance(reply, Unknown):
             over, settled = await _probe(driver, run, reply)
             if settled is not None:
@@ -589,9 +588,7 @@ async def _probe(driver: Driver, run: Run, found: Unknown) -> tuple[int | None, 
     return None, settled
 
 
-async def _settle_dead(
-    run: Run, over: int, codec: str, body: bytes, *, failed: bool, ttl: float
-) -> Settled | None:
+async def _settle_dead(run: Run, over: int, codec: str, body: bytes, *, failed: bool, ttl: float) -> Settled | None:
     """Record what a dead run did, in its stead. None: another settled it first."""
     backend = run.plan.backend
     attempt = os.urandom(ATTEMPT_BYTES)
@@ -686,9 +683,7 @@ async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) 
     stored = await _confirm(
         driver,
         run,
-        lambda: plan.backend.fail(
-            run.rid, attempt=run.attempt, token=run.token or 0, codec=codec, body=body, ttl=ttl
-        ),
+        lambda: plan.backend.fail(run.rid, attempt=run.attempt, token=run.token or 0, codec=codec, body=body, ttl=ttl),
     )
     run.report("failed" if stored else "not_stored", error=error)
     plan.flights.land(run, Settled(True, run.token or 0, 0.0, codec, body), stored=stored)
@@ -752,7 +747,11 @@ def _encode(run: Run, value: Any) -> tuple[str, bytes, Any]:
         return plan.codec.name, body, plan.codec.decode(body, run.rid.text)
     except Exception as failure:
         # Any error of a user's serializer, too: the function has run, so nothing may invite a second run.
-        return UNAVAILABLE, f"it could not be encoded: {type(failure).__name__}: {failure}".encode(errors="replace"), value
+        return (
+            UNAVAILABLE,
+            f"it could not be encoded: {type(failure).__name__}: {failure}".encode(errors="replace"),
+            value,
+        )
 
 
 def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
@@ -771,7 +770,8 @@ def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
         value = None
     elif settled.codec != plan.codec.name:
         raise ResultUnavailable(
-            digest, reason=f"it was recorded by the codec {settled.codec!r}, and this function reads {plan.codec.name!r}"
+            digest,
+            reason=f"it was recorded by the codec {settled.codec!r}, and this function reads {plan.codec.name!r}",
         )
     else:
         try:
@@ -811,7 +811,9 @@ async def resolve(run: Run, *, value: Any, error: Exception | None, applied: boo
     found = await plan.backend.read(rid)
     if found is not None and found.state == "running":
         if (found.lease_left or 0.0) > 0:
-            raise InProgress(rid.digest, retry_after=found.lease_left or 0.0, detail="only unknown records are resolved")
+            raise InProgress(
+                rid.digest, retry_after=found.lease_left or 0.0, detail="only unknown records are resolved"
+            )
     elif found is None or found.state != "unknown":
         state = "absent" if found is None else found.state
         raise CallError(f"the record of key {rid.digest} is {state}; only unknown records are resolved")

@@ -113,9 +113,7 @@ def on_claim(row: Row | None, ask: Ask, now: int) -> tuple[Claim, Row | None]:
     return Settled(failed, row.token, age, row.codec, row.body), None
 
 
-def on_renew(
-    row: Row | None, attempt: bytes, token: int, lease: int, now: int
-) -> tuple[Answer, Row | None]:
+def on_renew(row: Row | None, attempt: bytes, token: int, lease: int, now: int) -> tuple[Answer, Row | None]:
     """The answer to a renewal and the row to store (None: leave it)."""
     answer = _owner(row, attempt, token, now)
     if row is None or answer is not Answer.DONE:
@@ -127,9 +125,7 @@ def on_renew(
     return Answer.DONE, _leased(row, lease, now)
 
 
-def on_settle(
-    row: Row | None, attempt: bytes, token: int, settled: Row, now: int
-) -> tuple[Answer, Row | None]:
+def on_settle(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> tuple[Answer, Row | None]:
     """The answer to a completion or failure whose row would be `settled`, and the row to store (None: leave it).
 
     The fingerprint stays the one that the claim brought.
@@ -157,9 +153,7 @@ def on_release(
     if row is None or answer is not Answer.DONE:
         if token is None and answer is Answer.GONE:
             previous = 0 if row is None else row.token
-            return answer, Row(
-                State.WITHDRAWN, previous, attempt, b"", now, expires=now + TOMBSTONE
-            )
+            return answer, Row(State.WITHDRAWN, previous, attempt, b"", now, expires=now + TOMBSTONE)
         return answer, None
     if row.state in (State.COMPLETED, State.FAILED):
         return Answer.STALE, None
@@ -169,11 +163,7 @@ def on_release(
 
 
 def _owner(row: Row | None, attempt: bytes, token: int | None, now: int) -> Answer:
-    if (
-        row is None
-        or row.state is State.WITHDRAWN
-        or (row.expires is not None and row.expires <= now)
-    ):
+    if row is None or row.state is State.WITHDRAWN or (row.expires is not None and row.expires <= now):
         return Answer.GONE
     if row.attempt == attempt and token in (None, row.token):
         return Answer.DONE

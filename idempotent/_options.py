@@ -30,7 +30,7 @@ def split_url(url: str, ours: tuple[str, ...]) -> tuple[str, dict[str, str]]:
         return url, found
     bare = urlunsplit(parts._replace(query=urlencode(rest)))
     # urlunsplit drops the empty authority of "sqlite:///file", which then is another URL.
-    scheme, _, tail = url.partition("://")
+    scheme = url.partition("://")[0]
     if not bare.startswith(f"{scheme}://"):
         bare = f"{scheme}://{bare.partition(':')[2]}"
     return bare, found

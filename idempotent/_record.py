@@ -187,9 +187,7 @@ def describe(rid: RecordId, row: Row, now: int) -> Record | None:
         attempt=row.attempt.hex(),
         fingerprint=row.fingerprint.hex(),
         age=max(0, now - row.since) / 1e6,
-        lease_left=min(row.lease_until - now, row.lease) / 1e6
-        if row.state is State.RUNNING
-        else None,
+        lease_left=min(row.lease_until - now, row.lease) / 1e6 if row.state is State.RUNNING else None,
         expires_in=None if row.expires is None else (row.expires - now) / 1e6,
         codec=row.codec,
         size=len(row.body),

@@ -1,10 +1,10 @@
-"""Results as JSON, their types rebuilt by the function's return annotation.
+r"""Results as JSON, their types rebuilt by the function's return annotation.
 
 A body begins with what tells its form:
 
     JSON itself   the value as JSON; msgspec (or pydantic) rebuilds it by the annotation
-    \\x01          the canonical form: the value as it is, its classes reduced to dicts
-    \\x02          the canonical form, rebuilt by the annotation: for what JSON alone would lose (a tuple in an Any)
+    \x01          the canonical form: the value as it is, its classes reduced to dicts
+    \x02          the canonical form, rebuilt by the annotation: for what JSON alone would lose (a tuple in an Any)
 
 What is kept is decoded again and compared before a form is chosen, so no value ever changes between run and replay.
 """
@@ -152,7 +152,7 @@ def _return_annotation(function: Any) -> Any:
             continue
     resolved = typing.get_type_hints(_Return(annotation), names, include_extras=True)["return"]
     if isinstance(resolved, typing.ForwardRef):
-        raise NameError(f"name {resolved.__forward_arg__!r} is not defined")
+        raise NameError(f"name {resolved.__forward_arg__!r} is not defined")  # noqa: TRY004
     return resolved
 
 

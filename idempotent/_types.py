@@ -18,10 +18,10 @@ Decision = Literal["would_run", "would_replay", "would_wait", "would_refuse"]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[R]):
+class Outcome(Generic[R_co]):
     """How a call was answered."""
 
-    value: R
+    value: R_co
     """What the call returns."""
     replayed: bool
     """True: from a record, by this call's duplicate; False: this call ran the function."""
@@ -58,9 +58,11 @@ class Stats(dict[EventName, int]):
     It may be awaited as well, so that the methods of an async function can all be used alike.
     """
 
-    def __await__(self) -> Generator[Any, None, Self]:
-        return self
-        yield
+    def __await__(self) -> Generator[Any, None, "Stats"]:
+        async def given() -> "Stats":
+            return self
+
+        return given().__await__()
 
 
 class Idempotent(Protocol[P, R_co]):
@@ -117,7 +119,9 @@ class Idempotent(Protocol[P, R_co]):
         """
         ...
 
-    def resolve(self, key: str, *, result: Any = ..., error: Exception | None = None, not_applied: bool = False) -> bool:
+    def resolve(
+        self, key: str, *, result: Any = ..., error: Exception | None = None, not_applied: bool = False
+    ) -> bool:
         """Settle the unknown record under `key` by hand, with exactly one of the three.
 
         Args:
@@ -195,7 +199,9 @@ class Decorator(Protocol):
     """What `idempotent(...)` with options returns."""
 
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncIdempotent[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncIdempotent[P, R]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> Idempotent[P, R]: ...
 
@@ -204,6 +210,8 @@ class ForgetfulDecorator(Protocol):
     """What `idempotent(keep_result=False)` returns: replays give None."""
 
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncIdempotent[P, R | None]: ...
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncIdempotent[P, R | None]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> Idempotent[P, R | None]: ...

@@ -133,7 +133,7 @@ def _instance(value: Any, kind: type, where: str, depth: int) -> Any:
     if fields is not None and (container is None or container is tuple):
         return ["o", name, *_sorted_pairs({**fields, **beside_fields(value, fields)}, where, depth)]
     if fields is None:
-        for base in (str, int, float, bytes, Decimal, datetime, date, UUID):
+        for base in _BASES:
             if isinstance(value, base) and kind.__eq__ is base.__eq__:
                 return ["sub", name, _canonical(_as_base(base, value), where, depth)]
         if container is not None and kind.__eq__ is container.__eq__:
@@ -144,16 +144,17 @@ def _instance(value: Any, kind: type, where: str, depth: int) -> Any:
     raise UnstableKey(f"{where} {verb} a {name}, which has no stable canonical form; {_WAYS_OUT}")
 
 
-_CONTAINERS = (dict, list, tuple, set, frozenset)
+_BASES: tuple[Any, ...] = (str, int, float, bytes, Decimal, datetime, date, UUID)
+_CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset)
 
 
-def _as_base(base: type, value: Any) -> Any:
+def _as_base(base: Any, value: Any) -> Any:
     if base is str:
         return str.__str__(value)
-    if base in (int, float, bytes):
-        return base.__new__(base, value)
     if base is Decimal:
         return Decimal(value)
+    if base in (int, float, bytes):
+        return base.__new__(base, value)  # pyright: ignore[reportArgumentType]  of one base or another
     if base is datetime:
         return datetime.combine(value.date(), value.timetz())
     if base is date:
@@ -163,7 +164,8 @@ def _as_base(base: type, value: Any) -> Any:
 
 def fields_of(value: Any) -> dict[str, Any] | None:
     """The fields of an instance of a class that declares them; None for any other."""
-    kind = type(value)
+    kind: Any = type(value)
+    names: Any
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
     elif isinstance(value, tuple) and hasattr(kind, "_fields"):
@@ -173,7 +175,7 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     elif hasattr(kind, "__attrs_attrs__"):
         names = [attribute.name for attribute in kind.__attrs_attrs__]
     elif hasattr(kind, "model_fields") and hasattr(value, "__pydantic_fields_set__"):
-        return {**value.__dict__, **(value.__pydantic_extra__ or {})}
+        return {**value.__dict__, **(getattr(value, "__pydantic_extra__", None) or {})}
     else:
         return None
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
@@ -259,7 +261,7 @@ def _keep(value: Any, walk: _Walk, depth: int) -> Any:
     fields = fields_of(value)
     if fields is not None and (not isinstance(value, _CONTAINERS) or isinstance(value, tuple)):
         return _keep(list(fields.values()) if walk.rows and isinstance(value, tuple) else fields, walk, depth)
-    for base in (str, int, float, bytes, Decimal, datetime, date, UUID):
+    for base in _BASES:
         if isinstance(value, base):
             return _keep(_as_base(base, value), walk, depth)
     for container in _CONTAINERS:

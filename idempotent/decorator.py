@@ -34,11 +34,13 @@ _UNSET: Any = object()
 
 
 @overload
-def idempotent(function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncIdempotent[P, R]: ...
+def idempotent(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+    function: Callable[P, Coroutine[Any, Any, R]], /
+) -> AsyncIdempotent[P, R]: ...
 @overload
 def idempotent(function: Callable[P, R], /) -> Idempotent[P, R]: ...
 @overload
-def idempotent(
+def idempotent(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
     *,
     keep_result: Literal[False],
     backend: Backend | str | None = None,
@@ -96,6 +98,7 @@ def idempotent(
     what it is given, and a retrying decorator goes above it.
 
     Args:
+        function: the function, where the decorator is used bare.
         backend: where records live: a Backend or its URL. None: what `configure` or `IDEMPOTENT_URL` say, else this
             process's memory, with a warning.
         key: what names the operation. A template of parameters with their attributes and items,
@@ -254,7 +257,9 @@ class _Spec:
 def _check_function(function: Any) -> None:
     name = getattr(function, "__qualname__", repr(function))
     if not callable(function):
-        raise TypeError(f"@idempotent decorates functions, not {function!r}; options go by keyword: @idempotent(key=...)")
+        raise TypeError(
+            f"@idempotent decorates functions, not {function!r}; options go by keyword: @idempotent(key=...)"
+        )
     if isinstance(function, type):
         raise TypeError(f"@idempotent decorates functions, and {name} is a class; decorate its methods")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -306,17 +311,17 @@ def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         run = spec.run(args, kwargs, key)
+        value: Any = None
         try:
             replay = drive(flow.begin(SYNC, run))
             if replay is None:
                 with flow.Running(SYNC, run):
                     value = function(*args, **kwargs)
         except BaseException as error:
-            raised = error
-            finish(lambda: flow.abandon(SYNC, run, raised))
+            finish(functools.partial(flow.abandon, SYNC, run, error))
             raise
         if replay is None:
-            replay = finish(lambda: flow.settle(SYNC, run, value))
+            replay = finish(functools.partial(flow.settle, SYNC, run, value))
         return pick(run, replay)
 
     return call
@@ -330,6 +335,7 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
 
     async def call(*args: Any, **kwargs: Any) -> Any:
         run = spec.run(args, kwargs, key)
+        value: Any = None
         try:
             replay = await flow.begin(driver, run)
             if replay is None:
@@ -340,11 +346,10 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
             run.plan.flights.land(run)
             raise
         except BaseException as error:
-            raised = error
-            await _aio.finish(lambda: flow.abandon(driver, run, raised))
+            await _aio.finish(functools.partial(flow.abandon, driver, run, error))
             raise
         if replay is None:
-            replay = await _aio.finish(lambda: flow.settle(driver, run, value))
+            replay = await _aio.finish(functools.partial(flow.settle, driver, run, value))
         return pick(run, replay)
 
     return call

@@ -58,9 +58,7 @@ class IdempotencyError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(
-    cls: type[IdempotencyError], args: tuple[Any, ...], data: dict[str, Any]
-) -> IdempotencyError:
+def _rebuild(cls: type[IdempotencyError], args: tuple[Any, ...], data: dict[str, Any]) -> IdempotencyError:
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(data)
@@ -153,8 +151,7 @@ class ResultUnavailable(OutcomeError):
 
     def __init__(self, key_digest: str, *, reason: str, result: Any = None) -> None:
         super().__init__(
-            f"the call with key {key_digest} was done and will not run again,"
-            f" but its result is not available: {reason}"
+            f"the call with key {key_digest} was done and will not run again, but its result is not available: {reason}"
         )
         self.key_digest = key_digest
         self.reason = reason

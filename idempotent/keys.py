@@ -1,12 +1,13 @@
-"""Keys and fingerprints: templates, callables and all-argument keys. Pure.
+r"""Keys and fingerprints: templates, callables and all-argument keys. Pure.
 
 A template's values are escaped, so that no two different lists of values render to one key, whatever the literal text between
 them: a backslash goes before every character of a value that could be mistaken for the template's own text, and a value that
-is not followed by such a character is closed by "\\e".
+is not followed by such a character is closed by "\e".
 """
 
 import inspect
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
@@ -92,7 +93,7 @@ class Binder:
         self._fingerprint = fingerprint
         self._template = _Template(key, tuple(parameters)) if isinstance(key, str) else None
         first = next(iter(parameters), None)
-        self._receiver = frozenset({first} & {"self", "cls"})
+        self._receiver = frozenset([first]) if first in ("self", "cls") else frozenset[str]()
         """The instance or class of a method: where a key is given, part of neither key nor fingerprint."""
         self._left_out = frozenset(ignore) if key is None else frozenset(ignore) | self._receiver
         kinds = {parameter.kind for parameter in parameters.values()}
@@ -222,29 +223,31 @@ class _Template:
 _ALNUM = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
+_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[([^\[\]]+)\]")
+
+
 def _getter(text: str, field: str, parameters: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
-    name, rest = _split(field)
+    """How to get a field's value from a call's arguments: a parameter, then attributes and items as in str.format."""
+    name = re.split(r"[.\[]", field, maxsplit=1)[0]
     if name not in parameters:
         shown = ", ".join(parameters) or "none"
-        raise ValueError(f"the key template {text!r} names {name or 'a position'!r}, which is no parameter; there are {shown}")
-    steps = list(rest)
+        raise ValueError(
+            f"the key template {text!r} names {name or 'a position'!r}, which is no parameter; there are {shown}"
+        )
+    path = field[len(name) :]
+    if _STEP.sub("", path):
+        raise ValueError(f"the key template {text!r} cannot be read at {{{field}}}: attributes are .name, items [name]")
+    steps = [(attribute, int(item) if item.isdecimal() else item) for attribute, item in _STEP.findall(path)]
     if not steps:
         return lambda bound: bound[name]
 
     def get(bound: dict[str, Any]) -> Any:
         value = bound[name]
-        for is_attribute, step in steps:
-            value = getattr(value, step) if is_attribute else value[step]
+        for attribute, item in steps:
+            value = getattr(value, attribute) if attribute else value[item]
         return value
 
     return get
-
-
-def _split(field: str) -> tuple[str, Any]:
-    from _string import formatter_field_name_split  # what str.format itself uses
-
-    name, rest = formatter_field_name_split(field)
-    return str(name) if isinstance(name, str) else "", rest
 
 
 def _render(value: Any, field: str) -> str:

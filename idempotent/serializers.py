@@ -292,7 +292,9 @@ class Encrypted(_Wrapper):
         key_id, nonce, sealed = data[1:at], data[at : at + 12], data[at + 12 :]
         cipher = self._ciphers.get(key_id)
         if cipher is None:
-            raise SerializationError(f"it was encrypted with the key {key_id.decode(errors='replace')!r}, not among keys=")
+            raise SerializationError(
+                f"it was encrypted with the key {key_id.decode(errors='replace')!r}, not among keys="
+            )
         try:
             return cipher.decrypt(nonce, sealed, record.encode())
         except (self._invalid, ValueError) as error:

@@ -483,7 +483,9 @@ def test_sync_and_async_callers_share_one_record(backend_url: str, gate: Gate, e
     assert (first.result(30), second.result(30), effects.count) == (1, 1, 1)
 
 
-def test_a_slow_function_with_heartbeats_is_never_taken_over(backend_url: str, colour: Colour, effects: Counter) -> None:
+def test_a_slow_function_with_heartbeats_is_never_taken_over(
+    backend_url: str, colour: Colour, effects: Counter
+) -> None:
     lease = 0.5
 
     def slow() -> int:

@@ -127,6 +127,7 @@ def test_a_killed_workers_key_is_taken_over_once_and_not_before_its_lease_ends(
 ) -> None:
     work = define(colour, shared_backend_url, effects)
     impatient = define(colour, shared_backend_url, effects, wait=0)
+    assert colour.call(impatient.peek, "o1") is None  # connected, so that the lease is not over before the first question
     worker = hire()
     token = worker.enter("o1")
     worker.signal(signal.SIGKILL)
@@ -275,12 +276,11 @@ def test_a_worker_slower_than_its_lease_keeps_it_and_others_wait(
     assert waiter.result(30) == "slow"
 
 
+@pytest.mark.parametrize("colour", COLOURS[:1], ids=repr)  # the async twin: test_cancel.py
 @pytest.mark.parametrize("on_crash", ["rerun", "raise"])
 def test_ctrl_c_in_a_running_call_leaves_no_lease(
     hire: Hire, shared_backend_url: str, colour: Colour, effects: Path, on_crash: str
 ) -> None:
-    if colour.is_async:
-        pytest.skip("the async twin runs in a worker thread, which Ctrl-C does not reach; test_cancel.py covers it")
     work = define(colour, shared_backend_url, effects, wait=0, on_crash=on_crash)
     worker = hire(on_crash=on_crash, lease=60)
     worker.enter("o1")
@@ -300,9 +300,7 @@ def _in_child(colour: Colour, work: Any, pipe: Any) -> None:
         pipe.send(repr(error))
 
 
-def test_a_forked_child_has_connections_of_its_own(
-    shared_backend_url: str, colour: Colour, effects: Path
-) -> None:
+def test_a_forked_child_has_connections_of_its_own(shared_backend_url: str, colour: Colour, effects: Path) -> None:
     work = define(colour, shared_backend_url, effects)
     assert colour.call(work, "o1") == "by the test, o1"
     context = multiprocessing.get_context("fork")

@@ -111,7 +111,7 @@ def test_celery_tasks_bound_and_not_run_eagerly() -> None:
     assert package.stats(pay)["completed"] == 2
 
 
-WORKER = '''
+WORKER = """
 import sys
 from celery import Celery
 from idempotent import idempotent
@@ -127,7 +127,7 @@ def pay(order):
     with open("{effects}", "a") as file:
         file.write(order + "\\n")
     return order.upper()
-'''
+"""
 
 
 def test_a_real_celery_worker_runs_duplicates_once(redis_server: Any, tmp_path: Path) -> None:

@@ -47,11 +47,11 @@ def test_falsy_results_are_results(backend_url: str, colour: Colour, effects: Co
 
 def test_an_identical_retry_with_fingerprints_on_is_a_replay(backend_url: str, colour: Colour) -> None:
     work = colour.define(lambda order, amount: [order, amount], backend=backend_url, key="{order}", namespace="n")
-    assert colour.call(work, "o", amount=Decimal("1")) == colour.call(work, "o", amount=Decimal("1"))
+    assert colour.call(work, "o", amount=Decimal(1)) == colour.call(work, "o", amount=Decimal(1))
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [(Decimal("1"), "1"), ((1, 2), [1, 2]), (1, True), (1, 1.0), ({"1": 1}, {1: 1}), (None, "None")]
+    ("one", "other"), [(Decimal(1), "1"), ((1, 2), [1, 2]), (1, True), (1, 1.0), ({"1": 1}, {1: 1}), (None, "None")]
 )
 def test_arguments_that_differ_in_type_do_not_share_a_key(
     backend_url: str, colour: Colour, one: Any, other: Any
@@ -136,7 +136,9 @@ def test_the_lease_and_the_ttl_are_two_durations(backend_url: str, colour: Colou
     assert first.result(30) == 1
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), threading.Lock(), (n for n in range(3))], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), float("nan"), threading.Lock(), (n for n in range(3))], ids=lambda v: type(v).__name__
+)
 def test_arguments_without_a_stable_form_are_refused_and_never_dropped(
     colour: Colour, effects: Counter, value: Any
 ) -> None:

@@ -1,10 +1,10 @@
 """A worker process for crash tests: takes orders on standard input, tells on standard output what happens.
 
-    python worker.py '{"colour": "sync", "options": {"backend": URL, "key": "{order}", ...}, "effects": FILE}'
+python worker.py '{"colour": "sync", "options": {"backend": URL, "key": "{order}", ...}, "effects": FILE}'
 
-    call ORDER        call the function; it says "enter TOKEN" from inside and waits for the next line:
-                      "return TEXT" or "raise"; then comes "result JSON" or "error CLASS"
-    storm ORDER N     N calls at once of a function that does not wait; "answers JSON"
+call ORDER        call the function; it says "enter TOKEN" from inside and waits for the next line:
+                  "return TEXT" or "raise"; then comes "result JSON" or "error CLASS"
+storm ORDER N     N calls at once of a function that does not wait; "answers JSON"
 """
 
 import json

@@ -4,7 +4,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["PerLoop"]
 
@@ -56,7 +56,7 @@ class PerLoop(Generic[T]):
         self._made = {}
 
 
-_all: "weakref.WeakSet[PerLoop[object]]" = weakref.WeakSet()
+_all: "weakref.WeakSet[PerLoop[Any]]" = weakref.WeakSet()
 _parents: list[object] = []
 """What a parent process made, kept from being finalized here: that could write to the parent's sockets."""
 

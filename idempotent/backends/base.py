@@ -22,9 +22,7 @@ def micros(seconds: float) -> int:
     return max(1, round(seconds * 1e6))
 
 
-async def poll(
-    holds: Callable[[], Awaitable[bool]], sleep: Callable[[float], Awaitable[None]], timeout: float
-) -> None:
+async def poll(holds: Callable[[], Awaitable[bool]], sleep: Callable[[float], Awaitable[None]], timeout: float) -> None:
     """Return when `holds()` no longer does, or after `timeout` seconds: for stores that cannot tell of changes.
 
     Looks after 5 ms first, then ever more seldom, up to four times a second, and never in step with others.
@@ -100,15 +98,11 @@ class Backend(ABC):
         """Record a result for `ttl` seconds from now (`_machine.on_settle`), and wake those who wait in `changed`."""
 
     @abstractmethod
-    async def fail(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
-    ) -> Answer:
+    async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
         """Record an error, otherwise as `complete`."""
 
     @abstractmethod
-    async def release(
-        self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False
-    ) -> Answer:
+    async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         """Give the record up (`_machine.on_release`), and wake those who wait in `changed`.
 
         With `unknown` the record stays and becomes unknown. With `token=None` an unconfirmed claim is withdrawn: it is
@@ -135,16 +129,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def scan(
-        self, *, state: StateName | None = None, namespace: str | None = None
-    ) -> AsyncIterator[Record]:
+    def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         """Every record of the call space, in no order; those that come or go meanwhile may be missing."""
 
     @abstractmethod
     async def purge(self, limit: int = 1000) -> int:
         """Drop up to `limit` records past their retention; how many were dropped. 0 where the store does it itself."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  a store may have nothing to release
         """Release connections and threads of the blocking view. May be called twice; the process exits cleanly without."""
 
     async def aclose(self) -> None:

@@ -142,9 +142,7 @@ class LocalBackend(Backend):
     async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
         store = self._store
         with store.lock:
-            answer, row = machine.on_renew(
-                store.find(rid.text), attempt, token, micros(lease), store.clock()
-            )
+            answer, row = machine.on_renew(store.find(rid.text), attempt, token, micros(lease), store.clock())
             store.put(rid.text, row)
         return answer
 
@@ -153,9 +151,7 @@ class LocalBackend(Backend):
     ) -> Answer:
         return self._settle(rid, State.COMPLETED, attempt, token, codec, body, ttl)
 
-    async def fail(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
-    ) -> Answer:
+    async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
         return self._settle(rid, State.FAILED, attempt, token, codec, body, ttl)
 
     def _settle(
@@ -171,22 +167,16 @@ class LocalBackend(Backend):
         store = self._store
         with store.lock:
             now = store.clock()
-            settled = Row(
-                state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body
-            )
+            settled = Row(state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body)
             answer, row = machine.on_settle(store.find(rid.text), attempt, token, settled, now)
             store.put(rid.text, row)
         store.signals.notify(rid.text)
         return answer
 
-    async def release(
-        self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False
-    ) -> Answer:
+    async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         store = self._store
         with store.lock:
-            answer, row = machine.on_release(
-                store.find(rid.text), attempt, token, store.clock(), unknown=unknown
-            )
+            answer, row = machine.on_release(store.find(rid.text), attempt, token, store.clock(), unknown=unknown)
             # No command is ever in flight here, so a withdrawn claim needs no tombstone.
             if not (isinstance(row, Row) and row.state is State.WITHDRAWN):
                 store.put(rid.text, row)
@@ -220,9 +210,7 @@ class LocalBackend(Backend):
         finally:
             store.signals.discard(rid.text, waiter)
 
-    async def scan(
-        self, *, state: StateName | None = None, namespace: str | None = None
-    ) -> AsyncIterator[Record]:
+    async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         store = self._store
         with store.lock:
             now = store.clock()
@@ -242,11 +230,7 @@ class LocalBackend(Backend):
         store = self._store
         with store.lock:
             now = store.clock()
-            over = [
-                key
-                for key, row in store.open.items()
-                if row.expires is not None and row.expires <= now
-            ][:limit]
+            over = [key for key, row in store.open.items() if row.expires is not None and row.expires <= now][:limit]
             for key in over:
                 del store.open[key]
             store.settled.expire()

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import redis
+import redis.connection
 import redis.retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError

@@ -90,13 +90,18 @@ _CLAIM, _RENEW, _SETTLE, _RELEASE, _READ, _FORGET = map(
 class _Link(Protocol):
     """How one colour talks to the server."""
 
-    waiter: type[ThreadWaiter | TaskWaiter]
+    @property
+    def waiter(self) -> type[ThreadWaiter | TaskWaiter]:
+        """What this colour waits with."""
+        ...
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
         """The reply to `command`; TimeoutError of redis-py when monotonic `deadline` passes first."""
         ...
 
-    async def sleep(self, pause: float) -> None: ...
+    async def sleep(self, pause: float) -> None:
+        """Let `pause` seconds pass."""
+        ...
 
 
 class RedisBackend(Backend):
@@ -130,7 +135,7 @@ class RedisBackend(Backend):
             raise ValueError(f"prefix must be text of 1 to 200 characters, not {self.prefix!r}")
         links: dict[str, _Link]
         if isinstance(server, str):
-            pool = _sync_pool(server, self.timeout)
+            pool: Any = _sync_pool(server, self.timeout)
             links = {"sync": _SyncLink(pool, owned=True), "async": _AsyncLink(server)}
         else:
             pool = getattr(server, "connection_pool", None)
@@ -144,7 +149,7 @@ class RedisBackend(Backend):
         self._listener = None if listening is None else Listener(listening)
         self._links = links
         self._colour, self._link = next(iter(links.items()))
-        self._views = {self._colour: self}
+        self._views: dict[str, RedisBackend] = {self._colour: self}
 
     def blocking(self) -> Backend:
         return self._view("sync")
@@ -218,9 +223,7 @@ class RedisBackend(Backend):
         milliseconds = max(1, math.ceil(ttl * 1000))
         return _ANSWERS[await self._run(_SETTLE, rid, (attempt, token, state, milliseconds, codec, body), self.timeout)]
 
-    async def release(
-        self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False
-    ) -> Answer:
+    async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         ask = (attempt, b"" if token is None else token, b"1" if unknown else b"0", TOMBSTONE)
         return _ANSWERS[await self._run(_RELEASE, rid, ask, self.timeout)]
 
@@ -300,14 +303,16 @@ class RedisBackend(Backend):
                 return await self._link.send(command, deadline)
             except NoScriptError:
                 raise
-            except (RedisError, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, RedisError, OSError) as error:
                 if not _transient(error):
                     raise _failure(error) from error
                 if _refused(error):
                     raise BackendUnavailable(f"Redis refuses connections: {error}") from error
                 left = deadline - time.monotonic()
                 if left <= pause:
-                    raise BackendUnavailable(f"Redis did not confirm within {budget:g} s: {error or 'no reply'}") from error
+                    raise BackendUnavailable(
+                        f"Redis did not confirm within {budget:g} s: {error or 'no reply'}"
+                    ) from error
             await self._link.sleep(pause * (0.5 + random() / 2))
             pause = min(0.25, pause * 2 or 0.005)
 

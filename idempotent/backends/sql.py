@@ -8,20 +8,24 @@ Autocommit, so no command holds a transaction or a lock longer than its own stat
 """
 
 import asyncio
+import copy
 import math
 import os
 import re
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from random import random
 from typing import Any, Protocol, TypeVar
 
 try:
     import sqlalchemy as sa
 except ImportError as error:
-    raise ImportError("SQL backends need SQLAlchemy: pip install 'idempotent-py[sql]' (or postgres, mysql, sqlite)") from error
-from sqlalchemy import exc
+    raise ImportError(
+        "SQL backends need SQLAlchemy: pip install 'idempotent-py[sql]' (or postgres, mysql, sqlite)"
+    ) from error
+from sqlalchemy import event, exc
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -97,7 +101,9 @@ class _Link(Protocol):
         """`work` on a connection, which is broken when monotonic `deadline` passes."""
         ...
 
-    async def sleep(self, pause: float) -> None: ...
+    async def sleep(self, pause: float) -> None:
+        """Let `pause` seconds pass."""
+        ...
 
 
 class SQLBackend(Backend):
@@ -158,7 +164,7 @@ class SQLBackend(Backend):
         self._statements = _Statements(self.table, dialect)
         self._links = links
         self._colour, self._link = next(iter(links.items()))
-        self._views = {self._colour: self}
+        self._views: dict[str, SQLBackend] = {self._colour: self}
 
     def blocking(self) -> Backend:
         return self._view("sync")
@@ -174,8 +180,7 @@ class SQLBackend(Backend):
                     f"this SQLBackend was made from an engine for {self._colour} code and cannot serve {colour} functions;"
                     f" give it an {'Engine' if colour == 'sync' else 'AsyncEngine'}, or a URL, which serves both"
                 )
-            view = object.__new__(SQLBackend)
-            view.__dict__.update(self.__dict__)  # the two share everything but the link
+            view = copy.copy(self)  # the two share everything but the link
             view._colour, view._link = colour, self._links[colour]
             self._views[colour] = view
         return view
@@ -191,9 +196,7 @@ class SQLBackend(Backend):
         takeover: bool,
         over: int | None = None,
     ) -> Claim:
-        ask = machine.Ask(
-            attempt, fingerprint, micros(lease), None if keep is None else micros(keep), takeover, over
-        )
+        ask = machine.Ask(attempt, fingerprint, micros(lease), None if keep is None else micros(keep), takeover, over)
         make = self._statements
 
         def work(connection: Connection) -> Claim:
@@ -243,9 +246,7 @@ class SQLBackend(Backend):
 
         return await self._run(work, self.timeout)
 
-    async def release(
-        self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False
-    ) -> Answer:
+    async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         make = self._statements
 
         def work(connection: Connection) -> Answer:
@@ -299,7 +300,7 @@ class SQLBackend(Backend):
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         last = ""
         while True:
-            page = await self._run(lambda connection, last=last: self._statements.page(connection, last), self.timeout)
+            page = await self._run(partial(self._statements.page, after=last), self.timeout)
             for record_id, rid, row, now in page:
                 last = record_id
                 record = describe(rid, row, now)
@@ -330,7 +331,7 @@ class SQLBackend(Backend):
         while True:
             try:
                 return await self._link.run(work, deadline)
-            except (exc.SQLAlchemyError, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, exc.SQLAlchemyError, OSError) as error:
                 if _is_missing(error) and self._create and not created:
                     created = True
                     problem: Exception | None = error
@@ -422,7 +423,7 @@ class _Statements:
             c.attempt == self._binary("b_attempt"),
             c.lease_until == sa.bindparam("b_until"),
         )
-        values = {
+        values: dict[str, Any] = {
             column.name: self._binary(column.name)
             if column.name in ("attempt", "fingerprint", "body")
             else sa.bindparam(column.name, type_=column.type)
@@ -430,7 +431,7 @@ class _Statements:
         }
         self._swap = table.update().where(unchanged).values(values)
         self._remove = table.delete().where(unchanged)
-        named = {name: sa.bindparam(name) for name in ("id", "space", "namespace", "key")}
+        named: dict[str, Any] = {name: sa.bindparam(name) for name in ("id", "space", "namespace", "key")}
         self._insert = table.insert().values({**named, **values})
         self._runs = sa.select(sa.literal(1)).where(here, c.state == "R", c.token == sa.bindparam("b_token"))
         self._page = (
@@ -446,9 +447,7 @@ class _Statements:
     @staticmethod
     def _fresh_postgresql(table: sa.Table, columns: tuple[sa.Column[Any], ...]) -> sa.TextClause:
         """Insert where there is nothing, and read what there is: one statement, one round trip."""
-        from sqlalchemy.dialects import postgresql
-
-        name = postgresql.dialect().identifier_preparer.format_table(table)
+        name = f'"{table.name}"' if table.schema is None else f'"{table.schema}"."{table.name}"'
         shown = ", ".join(f"record.{column.name}" for column in columns)
         return sa.text(
             f"""
@@ -483,9 +482,7 @@ class _Statements:
             values["now"] = time.time_ns() // 1000
         return values
 
-    def fresh(
-        self, connection: Connection, rid: RecordId, ask: machine.Ask
-    ) -> tuple[int | None, Row | None, int]:
+    def fresh(self, connection: Connection, rid: RecordId, ask: machine.Ask) -> tuple[int | None, Row | None, int]:
         """Claim a record that is not there: its token. Else None, the row that is there, and the time."""
         if self._fresh is not None:
             values = {
@@ -551,7 +548,9 @@ class _Statements:
 
     def renew(self, connection: Connection, rid: RecordId, attempt: bytes, token: int, lease: int) -> bool:
         """Renew a running record that is this attempt's; whether it was."""
-        values = self._clocked({"b_id": rid.digest, "b_attempt": self._bytes(attempt), "b_token": token, "b_span": lease})
+        values = self._clocked(
+            {"b_id": rid.digest, "b_attempt": self._bytes(attempt), "b_token": token, "b_span": lease}
+        )
         return connection.execute(self._renew, values).rowcount == 1
 
     def settle(
@@ -653,7 +652,11 @@ def _raise_unless_transient(error: Exception) -> None:
         raise BackendUnavailable(f"no connection became free in time: {words}") from error
     if code in _BUSY or code in _BUSY_MYSQL or any(word in words for word in _BUSY_WORDS):
         return
-    if code in _DOWN_MYSQL or any(word in words for word in _DOWN_WORDS) or isinstance(_cause(error), ConnectionRefusedError):
+    if (
+        code in _DOWN_MYSQL
+        or any(word in words for word in _DOWN_WORDS)
+        or isinstance(_cause(error), ConnectionRefusedError)
+    ):
         raise BackendUnavailable(f"the database cannot be reached: {words}") from error
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return
@@ -727,7 +730,7 @@ def _engine(url: URL, timeout: float) -> Engine:
     except ImportError as error:
         raise _no_driver(url, error) from error
     if url.get_backend_name() == "sqlite":
-        sa.event.listen(engine, "connect", _on_connect)
+        event.listen(engine, "connect", _on_connect)
     return engine
 
 
@@ -737,7 +740,7 @@ def _async_engine(url: URL, timeout: float) -> AsyncEngine:
     except ImportError as error:
         raise _no_driver(url, error) from error
     if url.get_backend_name() == "sqlite":
-        sa.event.listen(engine.sync_engine, "connect", _on_connect)
+        event.listen(engine.sync_engine, "connect", _on_connect)
     return engine
 
 
@@ -750,8 +753,8 @@ def _guarded(connection: Connection, work: Callable[[Connection], R], watchdog: 
     """`work`, its socket shut at `deadline` where the driver has no deadline of its own."""
     if connection.dialect.driver != "psycopg":
         return work(connection)
-    socket = connection.connection.driver_connection.fileno()  # type: ignore[union-attr]
-    with watchdog.watching(socket, deadline):
+    driver: Any = connection.connection.driver_connection
+    with watchdog.watching(driver.fileno(), deadline):
         return work(connection)
 
 

@@ -1,0 +1,81 @@
+"""Imports point one way: a module imports only from those above it in this list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "idempotent"
+
+LAYERS = [
+    ["errors"],
+    ["_record"],
+    ["_machine"],
+    ["canonical"],
+    ["_failures"],
+    ["_typed"],
+    ["keys", "serializers"],
+    ["events", "_signals", "_options"],
+    ["backends", "backends.base", "backends._loops", "backends._watchdog"],
+    ["backends.pubsub"],
+    ["backends.local", "backends.redis", "backends.sql"],
+    ["_config"],
+    ["_flow"],
+    ["_drive", "_aio"],
+    ["_types"],
+    ["decorator"],
+    ["_demo"],
+    ["__init__"],
+    ["__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            inner = name.removeprefix("idempotent").removeprefix(".")
+            if name.split(".")[0] == "idempotent" and inner in LEVEL:
+                found.add(inner)
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_has_its_layer() -> None:
+    assert sorted(map(name_of, FILES)) == sorted(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_module_imports_only_from_above(path: Path) -> None:
+    name = name_of(path)
+    if name == "__init__":
+        return  # names only: what it offers, it imports late
+    wrong = {other for other in imports_of(path) - {name} if LEVEL[other] > LEVEL[name]}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("heavy", ["redis", "sqlalchemy", "pydantic", "hypothesis", "zstandard", "cryptography"])
+def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
+    subjects = {"redis": {"backends.redis", "backends.pubsub"}, "sqlalchemy": {"backends.sql"}}
+    importers = set()
+    for path in FILES:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == heavy for name in names):
+                importers.add(name_of(path))
+    assert importers <= subjects.get(heavy, set())

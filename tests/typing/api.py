@@ -1,0 +1,146 @@
+"""Never run: what type checkers must see. A negative case is a line that has to be ignored; an unneeded ignore is an error."""
+
+from collections.abc import Callable, Coroutine
+from decimal import Decimal
+from typing import Any, assert_type
+
+from idempotent import (
+    Applied,
+    AsyncIdempotent,
+    Call,
+    Explanation,
+    Idempotent,
+    LocalBackend,
+    NotApplied,
+    Outcome,
+    Record,
+    StillUnknown,
+    configure,
+    current_call,
+    idempotent,
+    new_key,
+    open_backend,
+)
+
+
+@idempotent
+def bare(order: str, amount: Decimal = Decimal(1)) -> int:
+    return 1
+
+
+@idempotent(key="{order}", ttl=60, wait=None, error_ttl={ValueError: 5}, on_crash="raise", on_outage="run")
+def charge(order: str, *, amount: int) -> list[str]:
+    return [order]
+
+
+@idempotent
+async def bare_async(order: str) -> int:
+    return 1
+
+
+@idempotent(backend="local://")
+async def charge_async(order: str, amount: int = 1) -> dict[str, int]:
+    return {order: amount}
+
+
+@idempotent(keep_result=False)
+def forgetful(order: str) -> int:
+    return 1
+
+
+@idempotent(keep_result=False)
+async def forgetful_async(order: str) -> int:
+    return 1
+
+
+assert_type(bare("o"), int)
+assert_type(charge("o", amount=1), list[str])
+assert_type(charge.outcome("o", amount=1), Outcome[list[str]])
+assert_type(charge.outcome("o", amount=1).value, list[str])
+assert_type(charge.explain("o", amount=1), Explanation)
+assert_type(charge.key_for("o", amount=1), str)
+assert_type(charge.with_key("k")("o", amount=1), list[str])
+assert_type(charge.with_key("k").outcome("o", amount=1).value, list[str])
+assert_type(charge.peek("o", amount=1), Record | None)
+assert_type(charge.forget("o", amount=1, force=True), bool)
+assert_type(charge.resolve("k", result=["x"]), bool)
+assert_type(forgetful("o"), int | None)
+assert_type(new_key(), str)
+assert_type(current_call(), Call | None)
+
+bare(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+bare()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+charge("o", 1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+charge("o", amount="x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+charge.outcome("o")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+charge.key_for()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+charge.with_key(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+idempotent(ttl="x")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+idempotent(on_crash="retry")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+idempotent(unknown=1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+configure(lease="x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+plain: Callable[[str], int] = bare
+wrapped: Idempotent[..., int] = bare
+wrapped_async: AsyncIdempotent[..., int] = bare_async
+awaitable: Callable[[str], Coroutine[Any, Any, int]] = bare_async
+wrong: Callable[[int], int] = bare  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+
+
+async def colours() -> None:
+    assert_type(await bare_async("o"), int)
+    assert_type(await charge_async("o"), dict[str, int])
+    assert_type(await charge_async.outcome("o"), Outcome[dict[str, int]])
+    assert_type(await charge_async.with_key("k")("o", 2), dict[str, int])
+    assert_type(await charge_async.explain("o"), Explanation)
+    assert_type(await charge_async.peek("o"), Record | None)
+    assert_type(await charge_async.forget("o"), bool)
+    assert_type(await charge_async.resolve("k", not_applied=True), bool)
+    assert_type(charge_async.key_for("o"), str)
+    assert_type(await forgetful_async("o"), int | None)
+    charge_async("o").upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    await charge_async(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await bare("o")  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class Account:
+    @idempotent(key="{self.id}:{order}")
+    def pay(self, order: str) -> int:
+        return 1
+
+    @idempotent(key="{order}")
+    async def pay_async(self, order: str) -> int:
+        return 1
+
+    @classmethod
+    @idempotent(key="{order}")
+    def above(cls, order: str) -> int:
+        return 1
+
+    @staticmethod
+    @idempotent
+    def static(order: str) -> int:
+        return 1
+
+    id = 1
+
+
+async def methods(account: Account) -> None:
+    assert_type(account.pay("o"), int)
+    assert_type(Account.pay(account, "o"), int)
+    assert_type(Account.pay.key_for(account, "o"), str)
+    assert_type(Account.pay.outcome(account, "o"), Outcome[int])
+    assert_type(await account.pay_async("o"), int)
+    assert_type(account.above("o"), int)
+    assert_type(Account.static("o"), int)
+    account.pay(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    account.pay()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    account.pay_async("o").bit_length()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def probe(call: Call) -> Applied | NotApplied | StillUnknown:
+    return Applied(call.key)
+
+
+idempotent(on_crash=probe, backend=LocalBackend())
+idempotent(backend=open_backend("local://"))
