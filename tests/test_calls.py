@@ -12,11 +12,13 @@ from uuid import UUID
 
 import pytest
 from colours import COLOURS, Colour
+from faulty import Faulty
 from pydantic import BaseModel
 
 from idempotent import (
     FingerprintMismatch,
     InProgress,
+    LocalBackend,
     ResultTypeWarning,
     ResultUnavailable,
     SerializationError,
@@ -505,3 +507,23 @@ def test_a_function_that_calls_itself_with_its_own_key_is_told_at_once(backend_u
     decorated = colour.define(loop, backend=backend_url, wait=None)
     with pytest.raises(InProgress, match="called itself"):
         colour.call(decorated)
+
+
+def test_a_waiter_on_the_local_backend_is_woken_and_does_not_poll(colour: Colour, gate: Gate) -> None:
+    backend = Faulty(LocalBackend())
+
+    def slow() -> str:
+        gate.pass_through()
+        return "done"
+
+    # Two backend objects, so that the waiter waits in the store and not behind the first call in the process.
+    first = colour.start(colour.define(slow, backend=backend.inner, namespace="n", lease=30))
+    assert gate.entered.wait(30)
+    second = colour.start(colour.define(slow, backend=backend, namespace="n"))
+    deadline = time.monotonic() + 30
+    while "changed" not in backend.calls:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    gate.opened.set()
+    assert (first.result(30), second.result(30)) == ("done", "done")
+    assert backend.calls == ["claim", "changed", "claim"]

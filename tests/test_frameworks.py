@@ -127,6 +127,13 @@ def pay(order):
     with open("{effects}", "a") as file:
         file.write(order + "\\n")
     return order.upper()
+
+@app.task(name="bound", bind=True)
+@idempotent(key="pay:{{order}}", backend="{backend}")
+def bound(self, order):
+    with open("{effects}", "a") as file:
+        file.write(self.name + order + "\\n")
+    return order.upper()
 """
 
 
@@ -141,8 +148,8 @@ def test_a_real_celery_worker_runs_duplicates_once(redis_server: Any, tmp_path: 
     )
     try:
         client = (
-            "from shop import pay\n"
-            "results = [pay.delay('o1') for _ in range(10)] + [pay.delay('o2') for _ in range(10)]\n"
+            "from shop import pay, bound\n"
+            "results = [task.delay(order) for task, order in [(pay, 'o1'), (bound, 'o2')] for _ in range(10)]\n"
             "print([r.get(timeout=40) for r in results])\n"
         )
         answers = subprocess.run(
@@ -152,7 +159,7 @@ def test_a_real_celery_worker_runs_duplicates_once(redis_server: Any, tmp_path: 
         worker.terminate()
         worker.wait(20)
     assert answers.strip() == str(["O1"] * 10 + ["O2"] * 10)
-    assert sorted(effects.read_text().split()) == ["o1", "o2"]
+    assert sorted(effects.read_text().split()) == ["boundo2", "o1"]
 
 
 def test_a_decorated_function_is_a_plain_function_of_its_kind() -> None:

@@ -751,6 +751,8 @@ def _no_driver(url: URL, error: ImportError) -> ImportError:
 
 def _guarded(connection: Connection, work: Callable[[Connection], R], watchdog: Watchdog, deadline: float) -> R:
     """`work`, its socket shut at `deadline` where the driver has no deadline of its own."""
+    if time.monotonic() >= deadline:
+        raise TimeoutError("the deadline passed before a connection was free")
     if connection.dialect.driver != "psycopg":
         return work(connection)
     driver: Any = connection.connection.driver_connection
