@@ -660,10 +660,13 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
         if ttl is not None:
             await _record_error(driver, run, error, ttl)
             return
-        stored = await _confirm(
-            driver, run, lambda: plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
-        )
-        run.report("released" if stored else "not_stored", error=error)
+
+        async def release() -> Answer:
+            answer = await plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
+            return Answer.DONE if answer is Answer.GONE else answer  # gone is what it was to be
+
+        released = await _confirm(driver, run, release)
+        run.report("released" if released else "not_stored", error=error)
     except LeaseLost as lost:
         error.add_note(f"idempotent: {lost}")
     except BackendError as failure:

@@ -127,7 +127,7 @@ def test_a_killed_workers_key_is_taken_over_once_and_not_before_its_lease_ends(
 ) -> None:
     work = define(colour, shared_backend_url, effects)
     impatient = define(colour, shared_backend_url, effects, wait=0)
-    assert colour.call(impatient.peek, "o1") is None  # connected, so that the lease is not over before the first question
+    assert colour.call(impatient.peek, "o1") is None  # connected before the lease begins
     worker = hire()
     token = worker.enter("o1")
     worker.signal(signal.SIGKILL)
