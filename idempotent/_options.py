@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl
 
 __all__ = ["Duration", "seconds", "split_url"]
 
@@ -22,18 +22,16 @@ def seconds(name: str, value: Any, *, zero: bool = False) -> float:
 
 def split_url(url: str, ours: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     """The URL without the query options named in `ours`, and these."""
-    parts = urlsplit(url)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    found = {name: value for name, value in pairs if name in ours}
-    rest = [(name, value) for name, value in pairs if name not in ours]
-    if not found:
-        return url, found
-    bare = urlunsplit(parts._replace(query=urlencode(rest)))
-    # urlunsplit drops the empty authority of "sqlite:///file", which then is another URL.
-    scheme = url.partition("://")[0]
-    if not bare.startswith(f"{scheme}://"):
-        bare = f"{scheme}://{bare.partition(':')[2]}"
-    return bare, found
+    bare, _, query = url.partition("?")
+    found: dict[str, str] = {}
+    rest = []
+    for part in query.split("&"):
+        pair = parse_qsl(part, keep_blank_values=True)
+        if pair and pair[0][0] in ours:
+            found.update(pair)
+        elif part:
+            rest.append(part)
+    return (f"{bare}?{'&'.join(rest)}" if rest else bare), found
 
 
 def timeout_of(given: Any, options: dict[str, str]) -> float:

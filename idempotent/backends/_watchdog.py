@@ -32,8 +32,11 @@ class Watchdog:
         self._wakes = 0.0
 
     @contextmanager
-    def watching(self, descriptor: int, deadline: float) -> Iterator[None]:
-        """Shut the socket `descriptor` if the body lasts beyond monotonic `deadline`."""
+    def watching(self, descriptor: int | None, deadline: float) -> Iterator[None]:
+        """Shut the socket `descriptor` if the body lasts beyond monotonic `deadline`; None: watch nothing."""
+        if descriptor is None:
+            yield
+            return
         mark = object()
         with self._changed:
             self._watched[mark] = (deadline, descriptor)

@@ -27,10 +27,16 @@ import redis.retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
+    AuthorizationError,
     BusyLoadingError,
+    ClusterDownError,
+    NoPermissionError,
     NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -65,11 +71,17 @@ _CONNECTIONS = 64
 
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
-_TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+# redis-py makes classes of some error codes and cuts them off the text; others stay in the text.
+_TRANSIENT = (BusyLoadingError, ClusterDownError, TryAgainError)
+_TRANSIENT_CODES = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 """Error replies after which the same command may be answered."""
 
-_OUT = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "max number of clients")
+_OUT = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ReadOnlyError)
+_OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "max number of")
 """Error replies of a server that does not serve us, now or for good."""
+
+_POLL = 1.0
+"""Seconds a waiter that could not subscribe polls before it tries to subscribe again."""
 
 
 class _Script:
@@ -255,7 +267,8 @@ class RedisBackend(Backend):
                     return
             finally:
                 listener.leave(channel, waiter)
-        await poll(runs, self._link.sleep, until - time.monotonic())
+            timeout = min(_POLL, until - time.monotonic())
+        await poll(runs, self._link.sleep, timeout)
 
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)
@@ -328,11 +341,11 @@ def _record(rid: RecordId, reply: Any) -> Record | None:
 
 
 def _transient(error: Exception) -> bool:
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, _OUT):
         return False
-    if isinstance(error, ResponseError):
-        return str(error).startswith(_TRANSIENT) or isinstance(error, BusyLoadingError)
-    return isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError, asyncio.TimeoutError))
+    if isinstance(error, ResponseError) and not isinstance(error, _TRANSIENT):
+        return str(error).startswith(_TRANSIENT_CODES)
+    return isinstance(error, (*_TRANSIENT, RedisConnectionError, RedisTimeoutError, OSError, asyncio.TimeoutError))
 
 
 def _refused(error: BaseException | None) -> bool:
@@ -350,16 +363,14 @@ def _refused(error: BaseException | None) -> bool:
 
 def _failure(error: Exception) -> BackendError:
     text = str(error)
-    if isinstance(error, AuthenticationError) or text.startswith(_OUT):
-        return BackendUnavailable(f"Redis does not serve this: {text}")
-    if text.startswith(("FOREIGN", "WRONGTYPE")) or "WRONGTYPE" in text:
+    if "FOREIGN" in text or "WRONGTYPE" in text:
         return BackendError(
             f"the key holds no record of ours, so nothing ran and nothing was overwritten ({text});"
             " give the backend a prefix= of its own"
         )
-    for word in _OUT:  # a script's error names the line before the reason
-        if word in text:
-            return BackendUnavailable(f"Redis does not serve this: {text}")
+    # A script's error names the line before the reason.
+    if isinstance(error, _OUT) or any(code in text for code in _OUT_CODES):
+        return BackendUnavailable(f"Redis does not serve this: {text}")
     return BackendError(f"Redis answered {text}")
 
 

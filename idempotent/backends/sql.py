@@ -8,13 +8,18 @@ Autocommit, so no command holds a transaction or a lock longer than its own stat
 """
 
 import asyncio
+import contextlib
 import copy
+import importlib
+import inspect
 import math
 import os
 import re
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from functools import partial
 from random import random
 from typing import Any, Protocol, TypeVar
@@ -139,17 +144,19 @@ class SQLBackend(Backend):
         links: dict[str, _Link]
         if isinstance(database, str):
             sync_url, async_url = _twins(database)
+            _refuse_unknown_options(async_url if async_url.get_driver_name() == "asyncpg" else sync_url)
             links = {
-                "sync": _SyncLink(_engine(sync_url, self.timeout), self._watchdog),
-                "async": _AsyncLink(lambda: _async_engine(async_url, self.timeout), self._watchdog),
+                "sync": _SyncLink(_engine(sync_url, self.timeout), self._watchdog, self.timeout),
+                "async": _AsyncLink(lambda: _async_engine(async_url, self.timeout), self._watchdog, self.timeout),
             }
             dialect = sync_url.get_backend_name()
         elif isinstance(database, AsyncEngine):
             given = database.execution_options(isolation_level="AUTOCOMMIT")
-            links = {"async": _AsyncLink(given, self._watchdog)}
+            links = {"async": _AsyncLink(given, self._watchdog, None)}
             dialect = database.dialect.name
         elif isinstance(database, Engine):
-            links = {"sync": _SyncLink(database.execution_options(isolation_level="AUTOCOMMIT"), self._watchdog)}
+            autocommit = database.execution_options(isolation_level="AUTOCOMMIT")
+            links = {"sync": _SyncLink(autocommit, self._watchdog, None)}
             dialect = database.dialect.name
         else:
             raise TypeError(f"SQLBackend takes a URL, an Engine or an AsyncEngine, not {database!r}")
@@ -633,7 +640,7 @@ def _code(error: Exception) -> Any:
 
 
 def _words(error: Exception) -> str:
-    return str(_cause(error)) or type(error).__name__
+    return str(_cause(error)) or "no reply"
 
 
 def _is_missing(error: Exception) -> bool:
@@ -691,28 +698,42 @@ def _twins(text: str) -> tuple[URL, URL]:
     return url.set(drivername=sync), url.set(drivername=asynchronous)
 
 
+_SQLALCHEMYS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_capath", "ssl_cipher", "ssl_check_hostname")
+"""Options in a URL that SQLAlchemy translates for the drivers of MySQL."""
+
+
+def _refuse_unknown_options(url: URL) -> None:
+    """ValueError for an option in the URL that its driver would refuse, or pass over, at the first connection."""
+    name = url.get_driver_name()
+    if url.get_backend_name() == "sqlite":
+        known = {"timeout", "detect_types", "isolation_level", "check_same_thread", "cached_statements"}
+        if "uri" in url.query:  # then SQLite itself reads the rest
+            return
+    else:
+        try:
+            driver = importlib.import_module(name)
+        except ImportError as error:
+            raise _no_driver(url, error) from error
+        if name == "psycopg":
+            known = {option.keyword.decode() for option in driver.pq.Conninfo.get_defaults()}
+        else:
+            known = {*inspect.signature(driver.connect).parameters, *_SQLALCHEMYS, "prepared_statement_cache_size"}
+    if unknown := sorted(set(url.query) - known):
+        raise ValueError(f"{name} knows no option {', '.join(unknown)} in a database URL; ours are table= and timeout=")
+
+
 def _options(url: URL, timeout: float) -> dict[str, Any]:
-    """What an engine of ours is made with; two tries fit into a command's deadline."""
+    """What an engine of ours is made with."""
     driver = url.get_driver_name()
-    half = max(1, math.ceil(timeout / 2))
-    arguments: dict[str, Any] = {}
     options: dict[str, Any] = {
         "isolation_level": "AUTOCOMMIT",
         "pool_size": _CONNECTIONS,
         "max_overflow": 0,
         "pool_timeout": timeout,
-        "connect_args": arguments,
+        "connect_args": {
+            "timeout" if driver in ("asyncpg", "pysqlite", "aiosqlite") else "connect_timeout": math.ceil(timeout)
+        },
     }
-    if driver == "psycopg":
-        arguments["connect_timeout"] = max(2, half)
-    elif driver == "asyncpg":
-        arguments["timeout"] = timeout
-    elif driver == "pymysql":
-        arguments |= {"connect_timeout": half, "read_timeout": half, "write_timeout": half}
-    elif driver == "aiomysql":
-        arguments["connect_timeout"] = half
-    else:
-        arguments["timeout"] = timeout
     if driver in ("pymysql", "aiomysql") and sa.__version__.split(".") >= ["2", "1"]:
         options["skip_autocommit_rollback"] = True  # it would be a round trip of its own
     return options
@@ -736,6 +757,7 @@ def _engine(url: URL, timeout: float) -> Engine:
 
 def _async_engine(url: URL, timeout: float) -> AsyncEngine:
     try:
+        _refuse_unknown_options(url)
         engine = create_async_engine(url, **_options(url, timeout))
     except ImportError as error:
         raise _no_driver(url, error) from error
@@ -746,29 +768,86 @@ def _async_engine(url: URL, timeout: float) -> AsyncEngine:
 
 def _no_driver(url: URL, error: ImportError) -> ImportError:
     extra = {"postgresql": "postgres", "mariadb": "mysql"}.get(url.get_backend_name(), url.get_backend_name())
-    return ImportError(f"{url.drivername} needs a driver: pip install 'idempotent-py[{extra}]' ({error})")
+    package = "asyncpg" if url.get_driver_name() == "asyncpg" else f"'idempotent-py[{extra}]'"
+    return ImportError(f"{url.drivername} needs a driver: pip install {package} ({error})")
 
 
-def _guarded(connection: Connection, work: Callable[[Connection], R], watchdog: Watchdog, deadline: float) -> R:
-    """`work`, its socket shut at `deadline` where the driver has no deadline of its own."""
-    if time.monotonic() >= deadline:
+def _guarded(
+    connection: Connection,
+    work: Callable[[Connection], R],
+    watchdog: Watchdog,
+    deadline: float,
+    busy_timeout: float | None,
+) -> R:
+    """`work`, given up at `deadline`; `busy_timeout`: what the connection was made with, None: it is not ours."""
+    left = deadline - time.monotonic()
+    if left <= 0:
         raise TimeoutError("the deadline passed before a connection was free")
-    if connection.dialect.driver != "psycopg":
-        return work(connection)
-    driver: Any = connection.connection.driver_connection
-    with watchdog.watching(driver.fileno(), deadline):
-        return work(connection)
+    if connection.dialect.name != "sqlite":
+        with watchdog.watching(_descriptor(connection.connection.driver_connection), deadline):
+            return work(connection)
+    if busy_timeout is not None and abs(left - connection.info.get("busy", busy_timeout)) > busy_timeout / 20:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={max(1, round(left * 1000))}").close()
+        connection.info["busy"] = left
+    return work(connection)
+
+
+def _descriptor(connection: Any) -> int | None:
+    """The socket of a driver's connection; None: the driver has deadlines of its own, or is not known."""
+    if hasattr(connection, "fileno"):  # psycopg
+        return int(connection.fileno())
+    found = getattr(connection, "_sock", None)  # pymysql
+    return None if found is None else int(found.fileno())
 
 
 class _SyncLink:
-    def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
+    """One colour's engine; `timeout`: what it was made with, None: it was given ready-made."""
+
+    def __init__(self, engine: Engine, watchdog: Watchdog, timeout: float | None) -> None:
         self.engine = engine
         self._watchdog = watchdog
+        self._timeout = timeout
+        self._free = threading.Semaphore(_CONNECTIONS)
+        self._here = threading.local()
+        if timeout is not None and engine.dialect.name != "sqlite":
+            event.listen(engine, "do_connect", self._connect)
         _engines.add(self)
 
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
-        with self.engine.connect() as connection:
-            return _guarded(connection, work, self._watchdog, deadline)
+        if self._timeout is None:
+            with self.engine.connect() as connection:
+                return _guarded(connection, work, self._watchdog, deadline, None)
+        free = self._free
+        if not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("the deadline passed before a connection was free")
+        try:
+            with contextlib.ExitStack() as self._here.watches:
+                self._here.deadline = deadline
+                with self.engine.connect() as connection:
+                    return _guarded(connection, work, self._watchdog, deadline, self._timeout)
+        finally:
+            free.release()
+
+    def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        """Connect on a thread of its own: drivers count in whole seconds, and libpq in no fewer than two."""
+        deadline = self._here.deadline
+        future: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                future.set_result(dialect.connect(*arguments, **options))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=connect, name="idempotent-connect", daemon=True).start()
+        try:
+            connection = future.result(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            future.add_done_callback(_close_late)
+            raise
+        # What SQLAlchemy asks of a new connection has no deadline either.
+        self._here.watches.enter_context(self._watchdog.watching(_descriptor(connection), deadline))
+        return connection
 
     async def sleep(self, pause: float) -> None:
         if pause:
@@ -777,20 +856,28 @@ class _SyncLink:
     def abandon(self) -> None:
         _parents.append(self.engine.pool)
         self.engine.dispose(close=False)
+        self._free = threading.Semaphore(_CONNECTIONS)
+
+
+def _close_late(future: "Future[Any]") -> None:
+    if future.exception() is None:
+        future.result().close()
 
 
 class _AsyncLink:
-    def __init__(self, source: AsyncEngine | Callable[[], AsyncEngine], watchdog: Watchdog) -> None:
+    def __init__(
+        self, source: AsyncEngine | Callable[[], AsyncEngine], watchdog: Watchdog, timeout: float | None
+    ) -> None:
         self._watchdog = watchdog
+        self._timeout = timeout
         self._given = source if isinstance(source, AsyncEngine) else None
         self._engines = None if isinstance(source, AsyncEngine) else PerLoop(source, lambda engine: engine.dispose())
 
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
         engine = self._given if self._engines is None else await self._engines.get()
         assert engine is not None
-        watchdog = self._watchdog
         async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE), engine.connect() as connection:
-            return await connection.run_sync(_guarded, work, watchdog, deadline)
+            return await connection.run_sync(_guarded, work, self._watchdog, deadline, self._timeout)
 
     async def sleep(self, pause: float) -> None:
         await asyncio.sleep(pause)

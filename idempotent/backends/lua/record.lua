@@ -42,7 +42,7 @@ local function parse(raw)
         row.expires = unpack8(raw, 44 + size)
         return row
       end
-    elseif (state == 'C' or state == 'F') and #raw > 27 + size then
+    elseif (state == 'C' or state == 'F') and #raw > 27 + size + (string.byte(raw, 28 + size) or #raw) then
       row.since = unpack8(raw, 11)
       row.expires = 0
       return row

@@ -1,0 +1,935 @@
+"""RedisBackend against real servers: it answers as the machine does, and through every fault nothing runs twice."""
+
+import asyncio
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import fakeredis
+import pytest
+import redis
+import redis.asyncio
+from colours import COLOURS, Colour
+from differential import Commands, aged, disagreement
+from proxy import Direction, Proxy
+from servers import Address, Server, start_redis
+from test_calls import Counter, Gate
+
+from idempotent import BackendError, BackendUnavailable, InProgress, RedisBackend
+from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+A, B = b"attemptA", b"attemptB"
+ARGS = b"f" * 16
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    return request.param
+
+
+@pytest.fixture
+def effects() -> Counter:
+    return Counter()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix that no other test has."""
+    return f"t{time.time_ns()}"
+
+
+@pytest.fixture
+def opened(_fresh: contextlib.ExitStack) -> Callable[..., RedisBackend]:
+    """Makes backends that are closed after the test."""
+
+    def make(*args: Any, **kwargs: Any) -> RedisBackend:
+        backend = RedisBackend(*args, **kwargs)
+        _fresh.callback(backend.close)
+        return backend
+
+    return make
+
+
+@contextlib.contextmanager
+def client_of(server: Server | Address, **options: Any) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url, **options) as client:
+        yield client
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
+    """The first true answer of `holds`, asked until `seconds` are over."""
+    deadline = time.monotonic() + seconds
+    while not (answer := holds()):
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.005)
+    return answer
+
+
+def claim(commands: Commands, rid: RecordId, attempt: bytes = A, **changes: Any) -> Any:
+    options = {"fingerprint": ARGS, "lease": 30.0, "keep": None, "takeover": True}
+    return commands.claim(rid, attempt=attempt, **(options | changes))
+
+
+class Keys:
+    """The records of a prefix, beside the backend."""
+
+    def __init__(self, client: redis.Redis, prefix: str) -> None:
+        self.client, self.prefix = client, prefix
+
+    def name(self, rid: RecordId) -> str:
+        return f"{self.prefix}:{rid.text}"
+
+    def clock(self) -> int:
+        seconds, micros = self.client.time()
+        return int(seconds) * 1_000_000 + int(micros)
+
+    def row(self, rid: RecordId) -> Row | None:
+        with self.client.pipeline() as pipeline:
+            raw, left = pipeline.get(self.name(rid)).pttl(self.name(rid)).execute()
+        if raw is None:
+            return None
+        row = unpack(raw)
+        settled = row.state in (State.COMPLETED, State.FAILED)
+        return row._replace(expires=self.clock() + left * 1000) if settled else row
+
+    def age(self, rid: RecordId, by: int) -> None:
+        row = self.row(rid)
+        if row is not None:
+            row = aged(row, by)
+            left = None if row.expires is None else (row.expires - self.clock()) // 1000
+            if left is not None and left <= 0:
+                self.client.delete(self.name(rid))
+            else:
+                self.client.set(self.name(rid), pack(row), px=left)
+
+
+# ------------------------------------------------------------------------------------------------ the machine's answers
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_scripts_answer_and_store_what_the_machine_does(
+    redis_server: Server | Address, prefix: str, colour: Colour, seed: int, opened: Callable[..., RedisBackend]
+) -> None:
+    with (
+        client_of(redis_server, protocol=2) as client,
+        Commands(opened(redis_server.url, prefix=prefix), colour) as commands,
+    ):
+        wrong = disagreement(commands, Keys(client, prefix), RecordId("n", f"k{seed}"), seed, steps=400)
+    assert wrong == ""
+
+
+def test_the_servers_clock_alone_ends_a_lease(
+    redis_server: Server | Address, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    rid = RecordId("n", "k")
+    with Commands(opened(redis_server.url, prefix=prefix), colour) as commands:
+        first = claim(commands, rid, lease=0.15)
+        while isinstance(reply := claim(commands, rid, B, takeover=False), Busy):
+            assert 0 < reply.lease_left <= 0.15
+        assert commands.read(rid).state == "unknown"
+        taken = claim(commands, rid, B, over=first.token, lease=0.15)
+        assert taken == Granted(taken.token, took_over=True)
+        assert taken.token > first.token
+        assert commands.complete(rid, attempt=A, token=first.token, codec="", body=b"", ttl=9) is Answer.STALE
+        eventually(lambda: commands.read(rid).lease_left <= 0)
+        assert commands.complete(rid, attempt=B, token=taken.token, codec="", body=b"", ttl=9) is Answer.DONE
+
+
+# ------------------------------------------------------------------------------------------------------ lost connections
+
+
+@pytest.fixture
+def proxy(own_redis: Server) -> Iterator[Proxy]:
+    with Proxy("127.0.0.1", own_redis.port) as proxy:
+        yield proxy
+
+
+STEP: dict[Direction, int] = {"up": 5, "down": 1}
+"""A part of a command waits for the server's delayed acknowledgement, so not every byte of it is tried."""
+
+OPERATIONS: dict[str, Any] = {
+    "claim": lambda commands, rid, token: claim(commands, rid),
+    "complete": lambda commands, rid, token: commands.complete(
+        rid, attempt=A, token=token, codec="json", body=b"42", ttl=60.0
+    ),
+    "renew": lambda commands, rid, token: commands.renew(rid, attempt=A, token=token, lease=40.0),
+    "release": lambda commands, rid, token: commands.release(rid, attempt=A, token=token),
+}
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_cut_at_any_byte_is_answered_or_refused_and_its_repeat_agrees(
+    own_redis: Server,
+    proxy: Proxy,
+    prefix: str,
+    colour: Colour,
+    operation: str,
+    direction: Direction,
+    opened: Callable[..., RedisBackend],
+) -> None:
+    through = opened(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, timeout=2)
+    confirmed = refused = 0
+    byte = 2 * colour.is_async if direction == "up" else 0
+    with Commands(opened(own_redis.url, prefix=prefix), COLOURS[0]) as direct, Commands(through, colour) as cut:
+        while True:
+            rid = RecordId("n", f"{direction}{byte:04}")
+            token = 0 if operation == "claim" else claim(direct, rid).token
+            cut.read(rid)
+            proxy.cut(direction, byte)
+            try:
+                reply = OPERATIONS[operation](cut, rid, token)
+                confirmed += 1
+            except BackendUnavailable:
+                reply = None
+                refused += 1
+            repeat = OPERATIONS[operation](direct, rid, token)
+            stored = direct.read(rid)
+            if operation == "claim":
+                assert reply in (None, repeat)
+                assert (stored.state, stored.token) == ("running", repeat.token)
+            elif operation == "release":
+                # A re-sent release finds nothing left to give up.
+                assert reply in (None, Answer.DONE, Answer.GONE)
+                assert (repeat, stored) == (Answer.DONE if reply is None else Answer.GONE, None) or reply is None
+            else:
+                assert reply in (None, Answer.DONE)
+                assert repeat is Answer.DONE
+                assert (stored.state, stored.token) == ("completed" if operation == "complete" else "running", token)
+            if operation == "complete":
+                assert claim(direct, rid, B)[:2] == (False, token)
+            if not proxy.fired:
+                break
+            byte += STEP[direction]
+        proxy.cut(direction, 1 << 40)
+    assert byte > 3  # the sweep met an exchange, and went past its end
+    assert refused == 0, f"{refused} of {confirmed + refused} were not sent again in time"
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_call_cut_at_any_byte_runs_at_most_once_and_the_next_call_agrees(
+    own_redis: Server,
+    proxy: Proxy,
+    prefix: str,
+    colour: Colour,
+    direction: Direction,
+    opened: Callable[..., RedisBackend],
+) -> None:
+    runs: dict[int, int] = {}
+
+    def charge(order: int) -> str:
+        runs[order] = runs.get(order, 0) + 1
+        return f"receipt {order}"
+
+    through = opened(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, timeout=2)
+    options = {"key": "{order}", "namespace": "charge", "lease": 30}
+    direct = COLOURS[0].define(charge, backend=opened(own_redis.url, prefix=prefix), **options)
+    charge = colour.define(charge, backend=through, **options)
+    # The async pool is new for each call, so its sweep passes through the handshake as well.
+    for order in range(3 * colour.is_async, 6000, 2 * STEP[direction]):
+        proxy.cut(direction, order)
+        with contextlib.suppress(BackendUnavailable):
+            assert colour.call(charge, order) == f"receipt {order}"
+        fired = proxy.fired
+        proxy.cut(direction, 1 << 40)
+        assert direct(order) == f"receipt {order}"
+        assert runs[order] == 1
+        if not fired:
+            break
+    assert 20 < order < 5900
+
+
+# ----------------------------------------------------------------------------------------------------- servers in trouble
+
+
+def test_a_frozen_server_is_given_up_by_the_own_deadline_and_nothing_ran(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    charge = colour.define(effects.hit, backend=opened(own_redis.url, prefix=prefix, timeout=0.5))
+    own_redis.freeze()
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable):
+            colour.call(charge)
+        assert 0.4 < time.monotonic() - began < 2
+    assert effects.count == 0
+    own_redis.thaw()
+    assert colour.call(charge) == 1
+    assert colour.call(charge) == 1
+
+
+def test_a_warm_connection_to_a_frozen_server_is_given_up_too(
+    own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    with Commands(opened(own_redis.url, prefix=prefix, timeout=0.5), colour) as commands:
+        rid = RecordId("n", "k")
+        claim(commands, rid)
+        own_redis.freeze()
+        for ask in (lambda: claim(commands, rid), lambda: commands.read(rid)):
+            began = time.monotonic()
+            with pytest.raises(BackendUnavailable):
+                ask()
+            assert 0.4 < time.monotonic() - began < 1.5
+        own_redis.thaw()
+        assert commands.read(rid).state == "running"
+
+
+def test_a_completion_outlasts_a_frozen_server(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    def work() -> int:
+        own_redis.freeze()
+        return effects.hit()
+
+    work = colour.define(work, backend=opened(own_redis.url, prefix=prefix, timeout=0.5), lease=30)
+    thaw = threading.Timer(1.2, own_redis.thaw)  # past the first deadline: the flow itself sends again
+    thaw.start()
+    outcome = colour.call(work.outcome)
+    thaw.join()
+    assert (outcome.value, outcome.stored, outcome.replayed) == (1, True, False)
+    assert colour.call(work) == 1
+    assert effects.count == 1
+
+
+def test_a_refused_connection_is_told_at_once(
+    colour: Colour, effects: Counter, opened: Callable[..., RedisBackend], own_redis: Server, prefix: str
+) -> None:
+    charge = colour.define(effects.hit, backend=opened(own_redis.url, prefix=prefix, timeout=10))
+    own_redis.kill()
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match="refuse"):
+        colour.call(charge)
+    assert time.monotonic() - began < 2
+    assert effects.count == 0
+
+
+def test_lost_scripts_are_loaded_again(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    with client_of(own_redis) as client:
+
+        def work(order: int) -> int:
+            client.script_flush()
+            return effects.hit()
+
+        work = colour.define(work, backend=opened(own_redis.url, prefix=prefix), key="{order}", error_ttl={KeyError: 9})
+        assert [colour.call(work, order) for order in (1, 2, 1)] == [1, 2, 1]
+        client.script_flush()
+        assert colour.call(work.peek, 1).state == "completed"
+        client.script_flush()
+        assert colour.call(work.forget, 1)
+
+
+def test_killed_connections_between_calls_and_during_one_are_made_again(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    with client_of(own_redis) as client:
+
+        def kill() -> None:
+            client.client_kill_filter(_type="normal", skipme=True)
+            client.client_kill_filter(_type="pubsub", skipme=True)
+
+        def work(order: int) -> int:
+            kill()
+            return effects.hit()
+
+        work = colour.define(work, backend=opened(own_redis.url, prefix=prefix), key="{order}")
+        for order in (1, 2, 3):
+            kill()
+            assert colour.call(work, order) == order
+        kill()
+        assert colour.call(work, 2) == 2
+
+
+def test_a_waiter_whose_subscription_was_killed_still_gets_the_answer(
+    own_redis: Server,
+    prefix: str,
+    colour: Colour,
+    effects: Counter,
+    gate: Gate,
+    opened: Callable[..., RedisBackend],
+) -> None:
+    def work() -> int:
+        gate.pass_through()
+        return effects.hit()
+
+    first = colour.define(work, backend=opened(own_redis.url, prefix=prefix), namespace="n")
+    second = colour.define(work, backend=opened(own_redis.url, prefix=prefix), namespace="n")
+    with client_of(own_redis) as client:
+        running = colour.start(first)
+        assert gate.entered.wait(30)
+        waiting = colour.start(second)
+        for _ in range(2):
+            eventually(lambda: client.pubsub_channels(f"{prefix}:*"))
+            assert client.client_kill_filter(_type="pubsub") == 1
+        eventually(lambda: client.pubsub_channels(f"{prefix}:*"))
+        began = time.monotonic()
+        gate.opened.set()
+        assert running.result(30) == waiting.result(30) == 1
+        assert time.monotonic() - began < 0.9  # its next look of its own would come after a second
+    assert effects.count == 1
+
+
+def test_records_survive_a_killed_server(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    work = colour.define(lambda order: effects.hit(), backend=opened(own_redis.url, prefix=prefix), key="{order}")
+    answers = [colour.call(work, order) for order in range(20)]
+    own_redis.kill()
+    with pytest.raises(BackendUnavailable):
+        colour.call(work, 20)
+    own_redis.restart()
+    assert [colour.call(work, order) for order in range(20)] == answers
+    assert effects.count == 20
+
+
+def test_a_server_killed_during_a_run_gets_the_result_when_it_is_back(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    back = threading.Thread(target=own_redis.restart)
+
+    def work() -> int:
+        own_redis.kill()
+        back.start()
+        return effects.hit()
+
+    work = colour.define(work, backend=opened(own_redis.url, prefix=prefix), lease=30)
+    outcome = colour.call(work.outcome)
+    back.join()
+    assert (outcome.value, outcome.stored) == (1, True)
+    assert colour.call(work) == 1
+    assert effects.count == 1
+
+
+def test_a_full_server_refuses_before_the_run_and_still_replays(
+    colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    with start_redis("--maxmemory-policy noeviction") as server, client_of(server) as client:
+        work = colour.define(lambda order: effects.hit(), backend=opened(server.url), key="{order}")
+        assert colour.call(work, 1) == 1
+        client.config_set("maxmemory", "1")
+        with pytest.raises(BackendUnavailable, match="memory"):
+            colour.call(work, 2)
+        assert colour.call(work, 1) == 1
+        assert effects.count == 1
+        client.config_set("maxmemory", "0")
+        assert colour.call(work, 2) == 2
+
+
+def test_a_replica_refuses_before_the_run(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    on_primary = colour.define(effects.hit, backend=opened(own_redis.url, prefix=prefix), namespace="n")
+    assert colour.call(on_primary) == 1
+    with client_of(own_redis) as client:
+        client.config_set("repl-diskless-sync-delay", 0)
+    with start_redis(f"--replicaof 127.0.0.1 {own_redis.port}") as replica, client_of(replica) as client:
+        eventually(lambda: client.info("replication")["master_link_status"] == "up")
+        backend = opened(replica.url, prefix=prefix)
+        fresh = colour.define(effects.hit, backend=backend, namespace="other")
+        with pytest.raises(BackendUnavailable, match="(?i)read.?only"):
+            colour.call(fresh)
+        assert effects.count == 1
+        assert colour.call(colour.define(effects.hit, backend=backend, namespace="n")) == 1
+
+
+def test_a_replica_that_lost_its_primary_is_unavailable(
+    colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    with start_redis("--replica-serve-stale-data no") as replica, client_of(replica) as client:
+        client.replicaof("127.0.0.1", 1)
+        with pytest.raises(BackendUnavailable):
+            colour.call(colour.define(effects.hit, backend=opened(replica.url, timeout=0.5)))
+    assert effects.count == 0
+
+
+def test_a_server_busy_with_a_script_is_asked_again(effects: Counter, opened: Callable[..., RedisBackend]) -> None:
+    refusals: list[str] = []
+
+    class Noting(redis.Connection):
+        def read_response(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().read_response(*args, **kwargs)
+            except redis.ResponseError as error:
+                refusals.append(str(error))
+                raise
+
+    with (
+        start_redis("--lua-time-limit 20") as server,
+        client_of(server, socket_timeout=None) as hog,
+        client_of(server) as judge,
+        redis.ConnectionPool(connection_class=Noting, port=server.port) as pool,
+        redis.Redis(connection_pool=pool) as client,
+    ):
+        work = COLOURS[0].define(effects.hit, backend=opened(client))
+        client.ping()
+
+        def spin() -> None:
+            with contextlib.suppress(redis.ResponseError):
+                hog.eval("while true do end", 0)
+
+        spinning = threading.Thread(target=spin)
+        spinning.start()
+
+        def busy() -> bool:
+            try:
+                return not judge.ping()
+            except redis.ResponseError as error:
+                return str(error).startswith("BUSY") or "running a script" in str(error)
+
+        eventually(busy)
+        running = COLOURS[0].start(work)
+        eventually(lambda: any("BUSY" in refusal or "running a script" in refusal for refusal in refusals))
+        assert effects.count == 0
+        judge.script_kill()
+        assert running.result(30) == 1
+        spinning.join()
+
+
+# ------------------------------------------------------------------------------------------------------------ permissions
+
+
+def minimum() -> list[str]:
+    """The rules of the minimal user in the README, which are for the prefix idem."""
+    found = re.search(r"`(~idem:\* [^`]*)`", README.read_text("utf-8"))
+    assert found, "the README names no minimal ACL user"
+    return found[1].split()
+
+
+def usual() -> list[str]:
+    """The same without what older servers do not know."""
+    return [rule for rule in minimum() if "|" not in rule]
+
+
+@pytest.fixture
+def guarded() -> Iterator[Callable[[list[str]], str]]:
+    """Makes a user with these rules and nothing else; its URL."""
+    with start_redis() as server, client_of(server) as client:
+
+        def make(rules: list[str]) -> str:
+            client.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret word", *rules)
+            return f"redis://app:{quote('secret word')}@127.0.0.1:{server.port}/0"
+
+        make.server = server  # type: ignore[attr-defined]
+        yield make
+
+
+def use_everything(
+    colour: Colour, url: str, opened: Callable[..., RedisBackend], gate: Gate, waits: Callable[[], Any]
+) -> None:
+    """Every command there is, in both outcomes; `waits` tells when the waiter waits as it should."""
+    backend = opened(url)
+
+    def work(order: str) -> str:
+        if order == "slow":
+            gate.pass_through()
+        if order == "bad":
+            raise KeyError(order)
+        return order
+
+    options = {"key": "{order}", "namespace": "n"}
+    one = colour.define(work, backend=backend, **options)
+    other = colour.define(work, backend=opened(url), **options)
+    assert colour.call(one, "a") == colour.call(other, "a") == "a"
+    with pytest.raises(KeyError):
+        colour.call(one, "bad")
+    running = colour.start(one, "slow")
+    assert gate.entered.wait(30)
+    waiting = colour.start(other, "slow")
+    with Commands(opened(url), colour) as commands:
+        assert [record.key for record in commands.scanned(state="running")] == ["slow"]
+        assert commands.renew(RecordId("n", "none"), attempt=A, token=1, lease=1.0) is Answer.GONE
+    eventually(waits)
+    gate.opened.set()
+    assert running.result(30) == waiting.result(30) == "slow"
+    assert colour.call(one.peek, "slow").state == "completed"
+    assert colour.call(one.forget, "slow")
+    assert colour.call(one.peek, "slow") is None
+
+
+def test_the_minimal_user_of_the_readme_may_do_everything(
+    guarded: Any, colour: Colour, gate: Gate, opened: Callable[..., RedisBackend]
+) -> None:
+    url = guarded(minimum())
+    with client_of(guarded.server) as client:
+        use_everything(colour, url, opened, gate, lambda: client.pubsub_channels("idem:*"))
+        # redis-py tells its name to servers of 7.2 and newer, and minds no refusal.
+        assert {entry["object"] for entry in client.acl_log()} <= {"client|setinfo"}
+
+
+def test_a_user_without_channels_waits_by_polling(
+    guarded: Any, colour: Colour, gate: Gate, opened: Callable[..., RedisBackend]
+) -> None:
+    url = guarded([rule for rule in usual() if not rule.startswith("&")] + ["resetchannels"])
+    with client_of(guarded.server) as client:
+
+        def refusals() -> set[str]:
+            return {entry["reason"] for entry in client.acl_log() if entry["object"] != "client|setinfo"}
+
+        use_everything(colour, url, opened, gate, refusals)
+        assert refusals() == {"channel"}
+
+
+def test_a_user_without_evalsha_is_refused_before_the_run(
+    guarded: Any, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    backend = opened(guarded([*usual(), "-evalsha"]))
+    with pytest.raises(BackendUnavailable, match="(?i)evalsha|permission"):
+        colour.call(colour.define(effects.hit, backend=backend))
+    assert effects.count == 0
+
+
+def test_a_wrong_password_is_refused_before_the_run_and_at_once(
+    guarded: Any, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    url = guarded(usual()).replace("secret", "wrong")
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable):
+        colour.call(colour.define(effects.hit, backend=opened(url)))
+    assert time.monotonic() - began < 2
+    assert effects.count == 0
+
+
+# ------------------------------------------------------------------------------------------------------ clients and pools
+
+
+def many(colour: Colour, function: Any, times: int) -> list[Any]:
+    """Calls with the numbers up to `times`, all at once."""
+    if colour.is_async:
+
+        async def main() -> list[Any]:
+            return await asyncio.gather(*(function(number) for number in range(times)), return_exceptions=True)
+
+        return asyncio.run(main())
+    calls = [colour.start(function, number) for number in range(times)]
+    return [call.exception(60) or call.result() for call in calls]
+
+
+def test_two_hundred_callers_with_keys_of_their_own_share_one_pool(
+    redis_server: Server | Address, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    work = colour.define(lambda number: number + 1, backend=opened(redis_server.url, prefix=prefix), key="{number}")
+    assert many(colour, work, 200) == [number + 1 for number in range(200)]
+    with client_of(redis_server) as client:
+        assert len(client.keys(f"{prefix}:*")) == 200
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_two_hundred_threads_share_a_ready_made_client(
+    redis_server: Server | Address, prefix: str, decode: bool, opened: Callable[..., RedisBackend]
+) -> None:
+    with client_of(redis_server, decode_responses=decode) as client:
+        work = COLOURS[0].define(lambda number: number + 1, backend=opened(client, prefix=prefix), key="{number}")
+        assert many(COLOURS[0], work, 200) == [number + 1 for number in range(200)]
+        assert client.ping()
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_two_hundred_tasks_share_a_ready_made_client(
+    redis_server: Server | Address, prefix: str, decode: bool, opened: Callable[..., RedisBackend]
+) -> None:
+    async def main() -> None:
+        async with redis.asyncio.Redis.from_url(redis_server.url, decode_responses=decode) as client:
+            backend = opened(client, prefix=prefix)
+            work = COLOURS[1].define(lambda number: number + 1, backend=backend, key="{number}")
+            answers = await asyncio.gather(*(work(number) for number in range(200)), return_exceptions=True)
+            assert answers == [number + 1 for number in range(200)]
+            assert await client.ping()
+            await backend.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_ready_made_client_may_decode_and_speak_either_protocol(
+    redis_server: Server | Address, prefix: str, decode: bool, protocol: int, opened: Callable[..., RedisBackend]
+) -> None:
+    with client_of(redis_server, decode_responses=decode, protocol=protocol) as client:
+        work = COLOURS[0].define(
+            lambda number: bytes([number]), backend=opened(client, prefix=prefix), key="{number}", namespace="n"
+        )
+        assert [work(200), work(200), work(201)] == [b"\xc8", b"\xc8", b"\xc9"]
+        assert work.peek(200).state == "completed"
+        with Commands(opened(client, prefix=prefix), COLOURS[0]) as commands:
+            assert {record.key for record in commands.scanned()} == {"200", "201"}
+        assert work.forget(200)
+
+
+def test_a_client_of_the_other_colour_is_refused_with_the_remedy(
+    redis_server: Server | Address, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    with client_of(redis_server) as client:
+        with pytest.raises(BackendError, match=r"redis\.asyncio\.Redis.*URL"):
+            COLOURS[1].call(COLOURS[1].define(effects.hit, backend=opened(client)))
+    with pytest.raises(BackendError, match=r"give it a redis\.Redis, or a URL"):
+        COLOURS[0].call(COLOURS[0].define(effects.hit, backend=opened(redis.asyncio.Redis())))
+    assert effects.count == 0
+
+
+def test_fakeredis_serves_claims_replays_and_waiters(
+    effects: Counter, gate: Gate, opened: Callable[..., RedisBackend]
+) -> None:
+    server = fakeredis.FakeServer()
+
+    def work(order: str) -> int:
+        if order == "slow":
+            gate.pass_through()
+        return effects.hit()
+
+    options = {"key": "{order}", "namespace": "n"}
+    with fakeredis.FakeRedis(server=server) as one, fakeredis.FakeRedis(server=server) as other:
+        first = COLOURS[0].define(work, backend=opened(one), **options)
+        second = COLOURS[0].define(work, backend=opened(other), **options)
+        assert first("a") == second("a") == 1
+        running = COLOURS[0].start(first, "slow")
+        assert gate.entered.wait(30)
+        waiting = COLOURS[0].start(second, "slow")
+        with pytest.raises(InProgress):
+            COLOURS[0].define(work, backend=opened(other), wait=0, **options)("slow")
+        eventually(lambda: second.stats().get("waited"))
+        gate.opened.set()
+        assert running.result(30) == waiting.result(30) == 2
+        assert first.peek("slow").state == "completed"
+
+
+def test_fakeredis_serves_async_claims_replays_and_waiters(
+    effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    async def main() -> None:
+        server = fakeredis.FakeServer()
+        options = {"key": "{order}", "namespace": "n"}
+        gate = Gate()
+
+        def work(order: str) -> int:
+            if order == "slow":
+                gate.pass_through()
+            return effects.hit()
+
+        async with fakeredis.FakeAsyncRedis(server=server) as one, fakeredis.FakeAsyncRedis(server=server) as other:
+            first = COLOURS[1].define(work, backend=opened(one), **options)
+            second = COLOURS[1].define(work, backend=opened(other), **options)
+            assert await first("a") == await second("a") == 1
+            running = asyncio.ensure_future(first("slow"))
+            assert await asyncio.to_thread(gate.entered.wait, 30)
+            waiting = asyncio.ensure_future(second("slow"))
+            async with asyncio.timeout(20):
+                while not second.stats().get("waited"):
+                    await asyncio.sleep(0.005)
+            gate.opened.set()
+            assert await running == await waiting == 2
+
+    asyncio.run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------- foreign bytes
+
+RUNNING = pack(Row(State.RUNNING, 7, A, b"", 5, 30, 35))
+COMPLETED = pack(Row(State.COMPLETED, 7, A, b"", 5, codec="json", body=b""))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"hello",
+        b"\xd1",
+        bytes(60),
+        b"\xd1X" + RUNNING[2:],
+        b"\xd2" + RUNNING[1:],
+        RUNNING + b"!",
+        *(RUNNING[:size] for size in range(2, len(RUNNING), 7)),
+        *(COMPLETED[:size] for size in range(20, len(COMPLETED), 3)),
+        {"a": "hash"},
+    ],
+    ids=repr,
+)
+def test_foreign_bytes_under_a_key_run_nothing_and_are_left_alone(
+    redis_server: Server | Address, prefix: str, effects: Counter, raw: Any, opened: Callable[..., RedisBackend]
+) -> None:
+    colour = COLOURS[0]
+    rid = RecordId("n", "k")
+    work = colour.define(effects.hit, backend=opened(redis_server.url, prefix=prefix), key="k", namespace="n")
+    with client_of(redis_server) as client, Commands(opened(redis_server.url, prefix=prefix), colour) as commands:
+        name = Keys(client, prefix).name(rid)
+        client.hset(name, mapping=raw) if isinstance(raw, dict) else client.set(name, raw)
+        before = client.dump(name)
+        commands_tried: dict[str, Callable[[], Any]] = {
+            "call": work,
+            "peek": work.peek,
+            "forget": work.forget,
+            "forced": lambda: work.forget(force=True),
+            "renew": lambda: commands.renew(rid, attempt=A, token=7, lease=1.0),
+            "complete": lambda: commands.complete(rid, attempt=A, token=7, codec="", body=b"", ttl=1.0),
+            "release": lambda: commands.release(rid, attempt=A, token=7),
+            "withdraw": lambda: commands.release(rid, attempt=A, token=None),
+            "scan": commands.scanned,
+        }
+        answers = {}
+        for word, command in commands_tried.items():
+            try:
+                answers[word] = command()
+            except BackendError as error:
+                assert not isinstance(error, BackendUnavailable), word
+            assert client.dump(name) == before, f"{word} changed it"
+        # A settled envelope that is cut within its codec is foreign to those alone who read the outcome.
+        assert set(answers) <= {"renew", "complete", "release", "withdraw"}
+        assert set(answers.values()) <= {Answer.STALE, Answer.DONE}
+    assert effects.count == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- waiting
+
+
+def test_a_waiter_is_woken_by_the_message_and_hardly_asks(
+    own_redis: Server,
+    prefix: str,
+    colour: Colour,
+    effects: Counter,
+    gate: Gate,
+    opened: Callable[..., RedisBackend],
+) -> None:
+    def work() -> int:
+        gate.pass_through()
+        return effects.hit()
+
+    runner = colour.define(work, backend=opened(own_redis.url, prefix=prefix), namespace="n")
+    waiter = colour.define(work, backend=opened(own_redis.url, prefix=prefix), namespace="n")
+    with client_of(own_redis) as client:
+        running = colour.start(runner)
+        assert gate.entered.wait(30)
+        client.config_resetstat()
+        waiting = colour.start(waiter)
+        eventually(lambda: client.pubsub_channels(f"{prefix}:*"))
+        threading.Event().wait(1.0)
+        gate.opened.set()
+        opened_at = time.monotonic()
+        assert running.result(30) == waiting.result(30) == 1
+        assert time.monotonic() - opened_at < 0.5
+        calls = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    assert calls <= 7  # one completion; two claims and three looks of the waiter; one to spare
+    assert effects.count == 1
+
+
+def test_many_waiters_of_a_backend_share_one_subscription_connection(
+    own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    waiters = 40
+    entered = threading.Semaphore(0)
+    go = threading.Event()
+
+    def work(order: int) -> int:
+        entered.release()
+        assert go.wait(30)
+        return order
+
+    options = {"key": "{order}", "namespace": "n"}
+    runner = COLOURS[0].define(work, backend=opened(own_redis.url, prefix=prefix), **options)
+    waiter = colour.define(work, backend=opened(own_redis.url, prefix=prefix), **options)
+    running = [COLOURS[0].start(runner, order) for order in range(waiters)]
+    try:
+        for _ in range(waiters):
+            assert entered.acquire(timeout=30)
+        waiting: list[Any] = []
+        whole = threading.Thread(target=lambda: waiting.extend(many(colour, waiter, waiters)))
+        whole.start()
+        with client_of(own_redis) as client:
+            eventually(lambda: len(client.pubsub_channels(f"{prefix}:*")) == waiters)
+            subscribed = client.client_list(_type="pubsub")
+        assert [int(entry["sub"]) for entry in subscribed] == [waiters]
+    finally:
+        go.set()
+    whole.join(30)
+    assert waiting == [call.result(30) for call in running] == list(range(waiters))
+
+
+# ----------------------------------------------------------------------------------------------------------- size and URLs
+
+
+def test_a_completed_record_is_at_most_a_third_larger_than_its_payload(
+    redis_server: Server | Address, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    payload = "x" * 198  # 200 bytes as JSON
+
+    def work() -> str:
+        return payload
+
+    work = colour.define(work, backend=opened(redis_server.url, prefix=prefix), key="order-12345", namespace="charge")
+    colour.call(work)
+    with client_of(redis_server) as client:
+        name = Keys(client, prefix).name(RecordId("charge", "order-12345"))
+        ours = client.memory_usage(name)
+        client.set(name, f'"{payload}"', ex=86_400)
+        plain = client.memory_usage(name)
+        client.set(name, f'"{payload}"')
+        assert ours <= 1.3 * client.memory_usage(name), f"{ours} bytes, {plain} for SET with an expiry"
+
+
+def test_options_in_the_url_are_ours_or_the_clients_or_refused(redis_server: Server | Address) -> None:
+    url = redis_server.url
+    with RedisBackend(f"{url}?prefix=mine&timeout=1.5&client_name=me") as backend:
+        assert (backend.prefix, backend.timeout) == ("mine", 1.5)
+    with RedisBackend(f"{url}?prefix=mine&timeout=1.5", prefix="other", timeout=2) as backend:
+        assert (backend.prefix, backend.timeout) == ("other", 2)
+    with RedisBackend(url) as backend:
+        assert (backend.prefix, backend.timeout) == ("idem", 5)
+    for wrong in ("?prefx=mine", "?prefix=", "?timeout=soon", "?timeout=0", "?timeout=-1", "?timeout=nan"):
+        with pytest.raises(ValueError, match="prefi?x|prefx|timeout"):
+            RedisBackend(url + wrong)
+    for argument in (17, None, object()):
+        with pytest.raises(TypeError, match="RedisBackend takes a URL"):
+            RedisBackend(argument)  # type: ignore[arg-type]
+
+
+def test_the_database_number_of_the_url_is_used(
+    redis_server: Server | Address, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    url = f"{redis_server.url.rpartition('/')[0]}/5"
+    assert colour.call(colour.define(effects.hit, backend=opened(f"{url}?prefix={prefix}"))) == 1
+    with redis.Redis.from_url(url) as fifth, client_of(redis_server) as zeroth:
+        assert (len(fifth.keys(f"{prefix}:*")), len(zeroth.keys(f"{prefix}:*"))) == (1, 0)
+        fifth.delete(*fifth.keys(f"{prefix}:*"))
+
+
+def test_a_unix_socket_serves_both_colours_and_waiters(
+    colour: Colour, gate: Gate, opened: Callable[..., RedisBackend]
+) -> None:
+    with start_redis("--unixsocket {dir}/redis.sock") as server:
+        url = f"unix://{server.directory}/redis.sock?db=2&prefix=idem"
+        with client_of(server) as client:
+            use_everything(colour, url, opened, gate, lambda: client.pubsub_channels("idem:*"))
+            assert set(client.info("keyspace")) == {"db2"}
+
+
+def test_a_missing_unix_socket_is_told_at_once(
+    tmp_path: Path, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable):
+        colour.call(colour.define(effects.hit, backend=opened(f"unix://{tmp_path}/none.sock")))
+    assert time.monotonic() - began < 2
+    assert effects.count == 0
+
+
+def test_a_settled_record_answers_settled_with_its_outcome(
+    redis_server: Server | Address, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    rid = RecordId("n", "k")
+    with Commands(opened(redis_server.url, prefix=prefix), colour) as commands:
+        token = claim(commands, rid).token
+        commands.complete(rid, attempt=A, token=token, codec="c", body=b"\x00\xff", ttl=60.0)
+        settled = claim(commands, rid, B)
+        assert settled == Settled(False, token, settled.age, "c", b"\x00\xff")
