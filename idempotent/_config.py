@@ -1,10 +1,11 @@
 """Process-wide defaults, and the backends that URLs name."""
 
 import os
+import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlsplit
@@ -33,7 +34,7 @@ DEFAULT: Final = Default.DEFAULT
 class Settings:
     """The defaults of options that a decorator does not name; durations in seconds."""
 
-    backend: Backend | str | None = None
+    backend: Backend | str | None = field(default=None, repr=False)  # a URL may hold a password
     ttl: float = 86_400.0
     lease: float = 30.0
     wait: float | None = 30.0
@@ -130,6 +131,8 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
     if result.get("on_outage", "raise") not in ("raise", "run"):
         raise ValueError(f'on_outage must be "raise" or "run", not {result["on_outage"]!r}')
     if "hooks" in result:
+        if isinstance(result["hooks"], str) or not isinstance(result["hooks"], Iterable):
+            raise TypeError(f"hooks must be a list of callables that take an Event, not {result['hooks']!r}")
         result["hooks"] = tuple(result["hooks"])
         for hook in result["hooks"]:
             if not callable(hook):
@@ -157,11 +160,26 @@ _SCHEMES = "local://, redis://, rediss://, unix://, sqlite:///, postgresql://, m
 
 
 def check_url(url: str) -> str:
-    """The scheme of `url`, without a driver. Raises ValueError for one that no backend serves; shows no password."""
-    scheme, separator, _ = url.partition("://")
-    scheme = scheme.partition("+")[0].lower()
-    if not separator or scheme not in ("local", *_REDIS, *_SQL):
-        raise ValueError(f"no backend serves the URL scheme {scheme!r}; there are {_SCHEMES}")
+    """The scheme of `url`, without a driver. Raises ValueError for a URL that no backend serves.
+
+    Its errors show nothing of what follows the scheme: a password that was not escaped may stand anywhere in it.
+    """
+    found = re.match(r"([a-z][a-z0-9.-]*)(\+[a-z0-9_.+-]*)?://", url, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"no backend serves this URL, which begins with no scheme; there are {_SCHEMES}")
+    scheme, driver = found[1].lower(), found[2]
+    if scheme not in _SQL and (driver or scheme not in ("local", *_REDIS)):
+        raise ValueError(f"no backend serves the URL scheme {found[0][:-3]!r}; there are {_SCHEMES}")
+    try:
+        parts = urlsplit(url)
+        readable = parts.port != 0 and not (scheme in _SQL and parts.netloc.count("@") > 1)
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ValueError(
+            "the host or port in the URL cannot be read: a port is 1 to 65535, and in a user name or password"
+            " / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D"
+        )
     return scheme
 
 
@@ -177,8 +195,12 @@ def open_backend(url: str) -> Backend:
     is connected before the first call.
 
     Raises:
+        TypeError: it is no text.
         ValueError: no backend serves this URL.
+        ImportError: the backend's library or driver is not installed; the message names the extra that brings it.
     """
+    if not isinstance(url, str):
+        raise TypeError(f"open_backend takes a URL, not {type(url).__name__}")
     with _lock:
         backend = _backends.get(url)
         if backend is None:
@@ -194,7 +216,8 @@ def _open(url: str) -> Backend:
         options = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
         maxsize = options.pop("maxsize", "65536")
         if options or not maxsize.isdecimal():
-            raise ValueError(f"local:// takes maxsize=, a whole number, and nothing else; not {options or maxsize!r}")
+            wrong = ", ".join(options) or repr(maxsize)
+            raise ValueError(f"local:// takes maxsize=, a whole number, and nothing else; not {wrong}")
         return LocalBackend(int(maxsize))
     if scheme in _REDIS:
         from idempotent.backends.redis import RedisBackend
@@ -221,14 +244,20 @@ _said_local = False
 
 def _say_local_once() -> None:
     global _said_local
-    if not _said_local:
-        _said_local = True
+    with _lock:
+        said, _said_local = _said_local, True
+    if said:
+        return
+    try:
         warnings.warn(
             "no backend is configured, so records live in this process only and other processes run the same call"
             " again; set IDEMPOTENT_URL or call configure(backend=...). configure(backend='local://') says it is meant",
             ProcessLocalWarning,
             stacklevel=2,
         )
+    except ProcessLocalWarning:  # a filter makes it an error, which every call is to get
+        _said_local = False
+        raise
 
 
 def _after_fork() -> None:

@@ -23,14 +23,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from idempotent._config import check_url
+from idempotent._config import check_url, open_backend
 from idempotent.decorator import idempotent
-from idempotent.errors import BackendError
+from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["add_arguments", "main"]
 
+Welcome = Callable[[], contextlib.AbstractContextManager[None]]
+"""Where Ctrl-C does no harm; it is put off everywhere else."""
+
 WORKERS = 4
 LEASE = 2.0
+KEY = "charge:{order}"
 MODES = {
     "plain": "no protection",
     "cache": "get-run-set cache",
@@ -92,12 +96,15 @@ def _make_client(setup: Setup, inside: Callable[[], None]) -> Callable[[str], tu
         return lambda order: (charge(order), False)
     if setup.mode == "cache":
         return _cached(setup, charge)
-    safe = idempotent(
-        backend=setup.backend, namespace=setup.namespace, key="charge:{order}", lease=LEASE, ttl=600, wait=30
-    )(charge)
+    safe = idempotent(backend=setup.backend, namespace=setup.namespace, key=KEY, lease=LEASE, ttl=600, wait=30)(charge)
 
-    def ask(order: str) -> tuple[str, bool]:
-        outcome = safe.outcome(order)
+    def ask(order: str, tries: int = 3) -> tuple[str, bool]:
+        try:
+            outcome = safe.outcome(order)
+        except BackendUnavailable:  # nothing ran, so a client calls again
+            if tries == 1:
+                raise
+            return ask(order, tries - 1)
         return outcome.value, outcome.replayed
 
     return ask
@@ -105,7 +112,7 @@ def _make_client(setup: Setup, inside: Callable[[], None]) -> Callable[[str], tu
 
 def _cached(setup: Setup, charge: Callable[[str], str]) -> Callable[[str], tuple[str, bool]]:
     """What many write first: look, run, remember. Two callers can look before either remembers."""
-    store = sqlite3.connect(str(Path(setup.folder) / "cache.db"), timeout=10, isolation_level=None)
+    store = sqlite3.connect(str(Path(setup.folder) / "cache.db"), timeout=30, isolation_level=None)
     store.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value TEXT)")
 
     def ask(order: str) -> tuple[str, bool]:
@@ -122,33 +129,49 @@ def _cached(setup: Setup, charge: Callable[[str], str]) -> Callable[[str], tuple
 def _work(setup: Setup, pipe: Connection) -> None:
     """A worker process: takes orders from the pipe and answers on it, until it is told to stop or killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        try:
+            _serve(setup, pipe)
+        except Exception as error:
+            pipe.send(("error", _one_line(error)))
+
+
+def _serve(setup: Setup, pipe: Connection) -> None:
     dying = False
 
     def inside() -> None:
         if dying:
             pipe.send(("inside", None))
-            time.sleep(60)  # killed long before
+            pipe.recv()  # killed before anything comes
 
     ask = _make_client(setup, inside)
     pipe.send(("ready", None))
     while (task := pipe.recv()) is not None:
         order, seed, dying = task
         random = Random(seed)
-        answers: list[tuple[str, bool]] = []
-        try:
-            while True:
-                answers.append(ask(order))
-                if (
-                    random.random() >= setup.loss or len(answers) == 10
-                ):  # else the reply is lost: the client calls again
-                    break
-        except BackendError as error:
-            pipe.send(("error", f"{type(error).__name__}: {error}"))
-            return
+        answers = [ask(order)]
+        while random.random() < setup.loss and len(answers) < 10:  # the reply is lost: the client calls again
+            answers.append(ask(order))
         pipe.send(("done", (order, answers)))
 
 
 # -------------------------------------------------------------------------------------------------- in the parent
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes started here never hear Ctrl-C, which a terminal sends to them too, not even while they import."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield  # Windows
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # else the first worker starts it, and that lifts the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Crew:
@@ -158,23 +181,31 @@ class _Crew:
         self._setup = setup
         self._context = multiprocessing.get_context("spawn")
         self.members: dict[Any, Any] = {}
-        for _ in range(WORKERS):
-            self.hire()
 
     def hire(self) -> None:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(self._setup, theirs), daemon=True)
-        process.start()
-        theirs.close()
         self.members[ours] = process
+        with _unheard():
+            process.start()
+        theirs.close()
 
     def kill(self, pipe: Connection) -> None:
         process = self.members.pop(pipe)
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         pipe.close()
 
     def close(self) -> None:
+        """End the workers; what they have begun gets a second, so that no claim comes after the tidying up."""
+        for pipe in self.members:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        until = time.monotonic() + 1
+        for process in self.members.values():
+            if process.pid is not None:
+                process.join(max(0.0, until - time.monotonic()))
         for pipe in list(self.members):
             self.kill(pipe)
 
@@ -191,23 +222,30 @@ def _tasks(orders: int, seed: int) -> list[tuple[str, int, bool]]:
     return tasks
 
 
-def _storm(setup: Setup, orders: int, seed: int, progress: "Callable[[str, int, int], None]") -> Result:
+def _storm(
+    setup: Setup,
+    tasks: list[tuple[str, int, bool]],
+    welcome: Welcome,
+    asked: set[str],
+) -> Result:
+    """Let the workers do `tasks`; every order that one of them was given is added to `asked`."""
     result = Result(setup.mode)
-    left = _tasks(orders, seed)
+    left = list(tasks)
     total = len(left) + 2
     done = 0
     crew = _Crew(setup)
     began = 0.0
     try:
-        waiting_for_ready = WORKERS
+        for _ in range(WORKERS):
+            crew.hire()
+        starting = WORKERS
         idle: list[Connection] = []
         while done < total:
-            for pipe in wait(list(crew.members)):
+            with welcome():
+                talking = wait(list(crew.members))
+            for pipe in talking:
                 assert isinstance(pipe, Connection)
-                try:
-                    kind, what = pipe.recv()
-                except EOFError:
-                    raise BackendError("a worker process ended unexpectedly") from None
+                kind, what = pipe.recv()
                 if kind == "error":
                     raise BackendError(what)
                 if kind == "inside":
@@ -216,11 +254,12 @@ def _storm(setup: Setup, orders: int, seed: int, progress: "Callable[[str, int, 
                     result.killed += 1
                     result.calls += 1
                     done += 1
+                    seed = tasks[0][1]
                     left[:0] = [("killed-order", seed + n, False) for n in (1, 2)]
                     continue
                 if kind == "ready":
-                    waiting_for_ready -= 1
-                    if waiting_for_ready == 0:
+                    starting -= 1
+                    if starting == 0:
                         began = time.monotonic()
                 else:
                     order, answers = what
@@ -228,23 +267,25 @@ def _storm(setup: Setup, orders: int, seed: int, progress: "Callable[[str, int, 
                     result.replays += sum(replayed for _, replayed in answers)
                     result.answers[order].update(receipt for receipt, _ in answers)
                     done += 1
-                    progress(setup.mode, done, total)
+                    _progress(setup.mode, done, total)
                 idle.append(pipe)
-            if waiting_for_ready <= 0:
-                while idle and left:
-                    idle.pop().send(left.pop(0))
+            while starting <= 0 and idle and left:
+                asked.add(left[0][0])
+                idle.pop().send(left.pop(0))
         result.seconds = time.monotonic() - began
+    except (EOFError, ConnectionError):
+        raise BackendError("a worker process ended unexpectedly") from None
     finally:
+        if 0 < done < total and sys.stderr.isatty():
+            print(file=sys.stderr)  # what is said next stands below the bar
         crew.close()
-    _count(result, setup, orders)
     return result
 
 
-def _count(result: Result, setup: Setup, orders: int) -> None:
+def _count(result: Result, folder: str, expected: set[str]) -> None:
     """What the ledger says."""
-    lines = _ledger(setup.folder).read_text().splitlines()
+    lines = _ledger(folder).read_text().splitlines()
     charged = Counter(line.split()[0] for line in lines)
-    expected = [f"order-{number}" for number in range(orders)] + ["killed-order"]
     result.charges = len(lines)
     result.double_charges = sum(count - 1 for count in charged.values())
     result.never_charged = sum(order not in charged for order in expected)
@@ -309,32 +350,28 @@ def _loss(text: str) -> float:
     return number
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run the demo.
+def main(options: argparse.Namespace, welcome: Welcome) -> int:
+    """Run the demo; Ctrl-C is raised only within `welcome()`, and leaves nothing behind.
 
     Returns the exit code: 0: `@idempotent` charged every order exactly once and all callers agree; 1: it did not;
-    2: the backend could not be used; 130: interrupted.
+    2: the backend could not be used.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="idempotent-demo-") as folder, contextlib.ExitStack() as stack:
-            return _run(options, folder, stack)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (BackendError, ImportError, ValueError, TypeError) as error:
+            return _run(options, folder, stack, welcome)
+    except BackendError as error:
         print(f"the demo cannot use this backend: {error}", file=sys.stderr)
         return 2
 
 
-def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack) -> int:
+def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack, welcome: Welcome) -> int:
     backend = options.backend or f"sqlite:///{folder}/records.db"
-    if check_url(backend) == "local":
-        raise ValueError("local:// is one process's memory, and the demo's workers are processes of their own")
     namespace = f"demo-{os.urandom(6).hex()}"
-    if options.backend:
-        stack.callback(_forget, backend, namespace, options.orders)
+    _check(backend, namespace, welcome)
+    tasks = _tasks(options.orders, options.seed)
+    orders = {order for order, _, _ in tasks}
     print(
-        f"A retry storm: {options.orders + 1} orders, {options.loss:.0%} of replies lost, {WORKERS} worker processes,"
+        f"A retry storm: {len(orders)} orders, {options.loss:.0%} of replies lost, {WORKERS} worker processes,"
         f" one of them killed inside the function before it charges. Seed {options.seed}.",
         file=sys.stderr,
     )
@@ -343,7 +380,12 @@ def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack) 
         place = Path(folder) / mode
         place.mkdir()
         setup = Setup(mode, str(place), backend, namespace, options.loss)
-        results.append(_storm(setup, options.orders, options.seed, _progress))
+        asked: set[str] = set()
+        if mode == "idempotent" and options.backend:
+            stack.callback(_forget, backend, namespace, asked)
+        result = _storm(setup, tasks, welcome, asked)
+        _count(result, setup.folder, orders)
+        results.append(result)
     safe = results[-1]
     held = not (safe.double_charges or safe.never_charged or safe.disagreed)
     if options.json:
@@ -353,7 +395,7 @@ def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack) 
             for result in results
         ]
         report = {
-            "orders": options.orders + 1,
+            "orders": len(orders),
             "loss": options.loss,
             "seed": options.seed,
             "backend": check_url(backend),
@@ -366,21 +408,41 @@ def _run(options: argparse.Namespace, folder: str, stack: contextlib.ExitStack) 
         print("\n".join(_table(results)))
         print()
         if held:
-            print(
-                f"@idempotent charged each of {options.orders + 1} orders exactly once, and every caller got its receipt."
-            )
+            print(f"@idempotent charged each of {len(orders)} orders exactly once, and every caller got its receipt.")
         else:
             print("@idempotent broke its promise; please report this seed.")
     return 0 if held else 1
 
 
-def _forget(backend: str, namespace: str, orders: int) -> None:
-    """Leave nothing in a store that is not the demo's own."""
+def _check(backend: str, namespace: str, welcome: Welcome) -> None:
+    """Raise BackendError, in one line, for a store that cannot be used. Leaves no record there."""
+    try:
+        if check_url(backend) == "local":
+            raise ValueError("local:// is one process's memory, and the demo's workers are processes of their own")
+        open_backend(backend)
+        with welcome():
+            _records(backend, namespace).peek("order-0")
+    except Exception as error:  # a driver may say anything of a URL that it cannot use
+        raise BackendError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    name = "" if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: "
+    return name + " ".join(str(error).split())
+
+
+def _records(backend: str, namespace: str) -> Any:
+    """The workers' function as one who only looks at its records needs it."""
 
     def charge(order: str) -> str:
         raise NotImplementedError
 
-    safe = idempotent(backend=backend, namespace=namespace, key="charge:{order}")(charge)
+    return idempotent(backend=backend, namespace=namespace, key=KEY)(charge)
+
+
+def _forget(backend: str, namespace: str, orders: set[str]) -> None:
+    """Leave nothing in a store that is not the demo's own."""
+    safe = _records(backend, namespace)
     with contextlib.suppress(BackendError):
-        for order in [*(f"order-{number}" for number in range(orders)), "killed-order"]:
+        for order in orders:
             safe.forget(order, force=True)

@@ -1,23 +1,26 @@
-"""The sync driver: flows on the calling thread, and one heartbeat thread for each backend."""
+"""The sync driver: flows on the calling thread, and heartbeat threads for each backend."""
 
+import contextlib
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from idempotent._flow import Run, renew
 from idempotent._signals import ThreadWaiter
 from idempotent.backends.base import Backend
-from idempotent.errors import BackendError
+from idempotent.errors import BackendError, IdempotencyError
 
 __all__ = ["SYNC", "SyncDriver", "drive", "finish"]
 
 R = TypeVar("R")
 
 _LINGER = 0.5
-"""Seconds the heartbeat thread sleeps at the longest, and so how long it outlives the last run."""
+"""Seconds a heartbeat thread sleeps at the longest, and so how long it outlives the last run."""
+_BEATING = 8
+"""The most heartbeat threads of one backend."""
 
 
 def drive(flow: Coroutine[Any, Any, R]) -> R:
@@ -33,19 +36,27 @@ def drive(flow: Coroutine[Any, Any, R]) -> R:
     )
 
 
-def finish(flow: Callable[[], Coroutine[Any, Any, R]]) -> R:
-    """Run a closing flow to its end. Interrupted by Ctrl-C, it is run once more and the interruption goes on after."""
+def finish(flow: Callable[[], Coroutine[Any, Any, R]]) -> None:
+    """Run a closing flow to its end while an exception is on its way out.
+
+    What a signal handler raises into it (Ctrl-C, SystemExit, a task's time limit) goes on after the flow was run once
+    more: every step of it is idempotent.
+    """
     try:
-        return drive(flow())
-    except KeyboardInterrupt:
         drive(flow())
+    except IdempotencyError:
+        pass
+    except BaseException:
+        with contextlib.suppress(IdempotencyError):
+            drive(flow())
         raise
 
 
-class Heart(Generic[R]):
-    """The heartbeat thread of one backend: started by the first run, gone soon after the last.
+class Heart:
+    """The heartbeat threads of one backend: started by the first run, gone soon after the last.
 
-    One thread for each backend, so that a frozen server does not hold up the leases of another.
+    Those of one backend, so that a frozen server does not hold up the leases of another; more than one, so that a slow
+    renewal does not hold up the next.
     """
 
     def __init__(self) -> None:
@@ -55,58 +66,98 @@ class Heart(Generic[R]):
     def _reset(self) -> None:
         self._changed = threading.Condition()
         self._due: dict[Run, float] = {}
-        self._under_way: Run | None = None
-        self._thread: threading.Thread | None = None
+        self._under_way: set[Run] = set()
+        self._threads = 0
+        self._waits = False
+        """One of the threads waits for the next renewal to be due."""
+        self._spare = 0
+        """So many threads are idle."""
         self._wakes = 0.0
 
     def add(self, run: Run, due: float) -> None:
-        """Renew `run` at `due` (monotonic seconds), and on."""
+        """Renew `run` at `due` (monotonic seconds), and on. Raises RuntimeError if no thread can be started."""
         with self._changed:
-            self._due[run] = due
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._beat, name="idempotent-heartbeat", daemon=True)
-                self._thread.start()
-            elif due < self._wakes:
-                self._changed.notify_all()
+            if not self._threads:
+                self._start()
+            elif not self._waits and not self._spare:
+                self._try_start()
+            self._schedule(run, due)
 
     def discard(self, run: Run) -> None:
         """Never renew `run` again; returns when a renewal that is under way has ended."""
         with self._changed:
             self._due.pop(run, None)
-            while self._under_way is run:
+            while run in self._under_way:
                 self._changed.wait()
+            self._due.pop(run, None)
+
+    def _schedule(self, run: Run, due: float) -> None:
+        self._due[run] = due
+        if due < self._wakes:
+            self._changed.notify_all()
+
+    def _start(self) -> None:
+        threading.Thread(target=self._beat, name="idempotent-heartbeat", daemon=True).start()
+        self._threads += 1
+
+    def _try_start(self) -> None:
+        if self._threads < _BEATING:
+            with contextlib.suppress(RuntimeError):  # no more threads: the renewals take turns
+                self._start()
+
+    def _next(self) -> Run | None:
+        """The run to renew now; None: this thread is not needed any more."""
+        while self._due:
+            if self._waits:  # be at hand for when that one has to work
+                self._spare += 1
+                called = self._changed.wait(_LINGER)
+                self._spare -= 1
+                if self._waits and not called:
+                    return None
+                continue
+            now = time.monotonic()
+            run, due = min(self._due.items(), key=lambda item: item[1])
+            if due <= now:
+                del self._due[run]
+                self._under_way.add(run)
+                return run
+            self._waits, self._wakes = True, min(due, now + _LINGER)
+            try:
+                self._changed.wait(self._wakes - now)
+            finally:
+                self._waits, self._wakes = False, 0.0
+        return None
 
     def _beat(self) -> None:
-        while True:
-            with self._changed:
-                if not self._due:
-                    self._thread = None
-                    return
-                now = time.monotonic()
-                run, due = min(self._due.items(), key=lambda item: item[1])
-                if due > now:
-                    self._wakes = min(due, now + _LINGER)
-                    self._changed.wait(self._wakes - now)
-                    continue
-                self._under_way = run
-            pause: float | None = run.plan.lease / 3
+        with self._changed:
             try:
-                pause = drive(renew(SYNC, run))
-            except Exception as error:  # a faulty backend must not end the other runs' renewals
-                run.report("backend_error", error=error)
+                while (run := self._next()) is not None:
+                    if self._spare:
+                        self._changed.notify_all()
+                    elif self._due:
+                        self._try_start()
+                    self._changed.release()
+                    try:
+                        pause = self._renew(run)
+                    finally:
+                        self._changed.acquire()
+                        self._under_way.discard(run)
+                        self._changed.notify_all()
+                    if pause is not None:
+                        self._schedule(run, time.monotonic() + pause)
             finally:
-                with self._changed:
-                    self._under_way = None
-                    if run in self._due:
-                        if pause is None:
-                            del self._due[run]
-                        else:
-                            self._due[run] = time.monotonic() + pause
-                    self._changed.notify_all()
+                self._threads -= 1
+
+    def _renew(self, run: Run) -> float | None:
+        try:
+            return drive(renew(SYNC, run))
+        except BaseException as error:  # a faulty backend or hook must not end the other runs' renewals
+            run.report("backend_error", error=error)
+            return run.plan.lease / 3
 
 
-_hearts: weakref.WeakSet[Heart[Any]] = weakref.WeakSet()
-_heart_of: weakref.WeakKeyDictionary[Backend, Heart[Any]] = weakref.WeakKeyDictionary()
+_hearts: weakref.WeakSet[Heart] = weakref.WeakSet()
+_heart_of: weakref.WeakKeyDictionary[Backend, Heart] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -131,9 +182,10 @@ class SyncDriver:
         heart.add(run, time.monotonic() + run.plan.lease / 3)
 
     async def still(self, run: Run) -> None:
-        heart, run.beating = run.beating, None
+        heart = run.beating
         if heart is not None:
             heart.discard(run)
+            run.beating = None
 
 
 SYNC = SyncDriver()

@@ -23,6 +23,7 @@ from idempotent import events
 from idempotent._record import (
     ATTEMPT_BYTES,
     Answer,
+    Claim,
     Granted,
     Mismatched,
     Record,
@@ -45,7 +46,7 @@ from idempotent.errors import (
     UnprotectedWarning,
 )
 from idempotent.events import EventName, Hook
-from idempotent.serializers import Codec, decode_error, encode_error
+from idempotent.serializers import Codec, decode_error, encode_error, why
 
 DONE = "-"
 """The codec of an outcome of which only "it was done" was to be kept."""
@@ -168,6 +169,7 @@ class Run:
     """One call: first its question, then, once granted, its claim."""
 
     __slots__ = (
+        "answer_due",
         "arguments",
         "attempt",
         "beating",
@@ -180,6 +182,7 @@ class Run:
         "token",
         "unprotected",
         "valid_until",
+        "waited",
     )
 
     def __init__(
@@ -194,6 +197,8 @@ class Run:
         """The fencing token; None until the claim is confirmed."""
         self.claiming = False
         """A claim was sent and its reply has not come."""
+        self.answer_due = 0.0
+        """Monotonic seconds at which a backend that answers at all would have answered the claim."""
         self.unprotected = False
         """The backend was out, and the function runs all the same."""
         self.valid_until = 0.0
@@ -202,6 +207,7 @@ class Run:
         self.beating: Any = None
         """The driver's own mark while it beats for this run."""
         self.flight: Flight | None = None
+        self.waited = False
 
     def report(
         self,
@@ -231,6 +237,12 @@ class Call:
         self._run = run
         self._outer = _current.get()
         self._over = False
+        inner = self  # finished calls are left out: a task that starts the next one for ever makes no endless chain
+        while (outer := inner._outer) is not None:
+            if outer._over:
+                inner._outer = outer._outer
+            else:
+                inner = outer
 
     @property
     def key(self) -> str:
@@ -303,23 +315,49 @@ _current: ContextVar[Call | None] = ContextVar("idempotent_call", default=None)
 def current_call() -> Call | None:
     """The call whose function is running in this thread or task; None outside a decorated function."""
     call = _current.get()
-    return None if call is None or call._over else call
+    while call is not None and call._over:
+        call = call._outer
+    return call
 
 
 class Flight:
     """The calls with one key in one process: a leader, and those who wait for what it brings."""
 
-    __slots__ = ("fingerprint", "landed", "outer", "run", "settled", "stored", "trusted_until", "waiters")
+    __slots__ = (
+        "_trusted_until",
+        "busy_until",
+        "error",
+        "fingerprint",
+        "landed",
+        "run",
+        "settled",
+        "stored",
+        "waiters",
+    )
 
     def __init__(self, run: Run, trusted_until: float) -> None:
         self.run = run
         self.fingerprint = run.fingerprint
-        self.trusted_until = trusted_until
-        """Monotonic seconds after which followers ask the backend themselves: the leader may be dead."""
+        self._trusted_until = trusted_until
+        self.busy_until = 0.0
+        """Monotonic seconds: when the lease that the leader waits for ends."""
         self.landed = False
+        self.error: BackendUnavailable | None = None
+        """Why the leader got no answer."""
         self.settled: Settled | None = None
         self.stored = True
         self.waiters: set[ThreadWaiter | TaskWaiter] = set()
+
+    @property
+    def trusted_until(self) -> float:
+        """Monotonic seconds after which followers ask the backend themselves: the leader's loop may be gone."""
+        run = self.run
+        # Until its lease ends the leader tries to record what it has; then it lands.
+        return self._trusted_until if run.token is None else run.valid_until + run.plan.lease
+
+    def trust(self, until: float) -> None:
+        """The leader is alive, and asks or waits until then."""
+        self._trusted_until = until
 
 
 class Flights:
@@ -328,8 +366,7 @@ class Flights:
     __slots__ = ("__weakref__", "_by_key", "_lock")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_key: dict[str, Flight] = {}
+        self.reset()
         _all_flights.add(self)
 
     def board(self, run: Run, now: float, trust: float) -> Flight | None:
@@ -341,7 +378,7 @@ class Flights:
         key = run.rid.text
         with self._lock:
             flight = self._by_key.get(key)
-            if flight is not None and now < max(flight.trusted_until, flight.run.valid_until):
+            if flight is not None and now < flight.trusted_until:
                 other = flight.fingerprint and run.fingerprint and flight.fingerprint != run.fingerprint
                 return None if other or run.plan.wait == 0 else flight
             run.flight = self._by_key[key] = Flight(run, now + trust)
@@ -359,27 +396,42 @@ class Flights:
         with self._lock:
             flight.waiters.discard(waiter)
 
-    def land(self, run: Run, settled: Settled | None = None, *, stored: bool = True) -> None:
+    def land(
+        self,
+        run: Run,
+        settled: Settled | None = None,
+        *,
+        stored: bool = True,
+        error: BackendUnavailable | None = None,
+    ) -> None:
         """End the flight that `run` leads, with what it brought or nothing. May be called twice."""
-        flight = run.flight
-        if flight is None:
-            return
+        if run.flight is not None:
+            self._end(run.flight, settled, stored, error)
+            run.flight = None
+
+    def ground(self, rid: RecordId) -> None:
+        """End the flight of a record that was forgotten: its followers ask anew."""
+        flight = self._by_key.get(rid.text)
+        if flight is not None:
+            self._end(flight, None, True, None)
+
+    def _end(self, flight: Flight, settled: Settled | None, stored: bool, error: BackendUnavailable | None) -> None:
         with self._lock:
-            if self._by_key.get(run.rid.text) is flight:
-                del self._by_key[run.rid.text]
+            key = flight.run.rid.text
+            if self._by_key.get(key) is flight:
+                del self._by_key[key]
             if flight.landed:
                 return
-            flight.settled = settled
-            flight.stored = stored
+            flight.settled, flight.stored, flight.error = settled, stored, error
             flight.landed = True
             waiters, flight.waiters = flight.waiters, set()
         for waiter in waiters:
             waiter.wake()
 
     def reset(self) -> None:
-        """Forget every flight: their leaders are threads of the parent process."""
-        self._lock = threading.Lock()
-        self._by_key = {}
+        """Forget every flight: after a fork their leaders are threads of the parent process."""
+        self._lock = threading.RLock()  # the collector may end a lost task's call while this thread holds it
+        self._by_key: dict[str, Flight] = {}
 
 
 _all_flights: weakref.WeakSet[Flights] = weakref.WeakSet()
@@ -410,10 +462,14 @@ if hasattr(os, "register_at_fork"):
 class Replay:
     """What a call returns: the value and how it was come by. Made by `begin` for duplicates, by `settle` for runs."""
 
-    __slots__ = ("age", "replayed", "stored", "token", "value")
+    __slots__ = ("age", "error", "replayed", "stored", "token", "value")
 
-    def __init__(self, value: Any, *, replayed: bool, stored: bool, token: int, age: float) -> None:
+    def __init__(
+        self, value: Any, *, replayed: bool, stored: bool, token: int, age: float, error: Exception | None = None
+    ) -> None:
         self.value = value
+        self.error = error
+        """A recorded error, for the wrapper to raise: no flow can raise a StopIteration."""
         self.replayed = replayed
         self.stored = stored
         self.token = token
@@ -426,7 +482,6 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
     Raises:
         FingerprintMismatch, InProgress, OutcomeUnknown, ResultUnavailable: as the outcome table says.
         BackendUnavailable: the claim could not be confirmed; nothing ran.
-        Exception: a recorded error, rebuilt.
     """
     plan = run.plan
     _refuse_reentry(driver, run)
@@ -441,21 +496,12 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
     try:
         settled = await _ask(driver, run, until)
         if settled is None:
-            driver.beat(run)
+            if not run.unprotected:
+                driver.beat(run)
             return None
     except BackendUnavailable as error:
-        if not plan.run_on_outage:
-            plan.flights.land(run)
-            raise
-        run.claiming = False
-        run.unprotected = True
-        run.report("unprotected", error=error)
-        warnings.warn(
-            f"{plan.namespace} runs without protection, as its backend is out and on_outage is 'run': {error}",
-            UnprotectedWarning,
-            stacklevel=2,
-        )
-        return None
+        plan.flights.land(run, error=error)
+        raise
     except Exception:
         plan.flights.land(run)
         raise
@@ -466,8 +512,8 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
 def _refuse_reentry(driver: Driver, run: Run) -> None:
     """A call under its own key, from inside its own function, would wait for itself."""
     outer = _current.get()
-    while outer is not None and not outer._over:
-        if outer._run.rid == run.rid and outer._run.plan.flights is run.plan.flights:
+    while outer is not None:
+        if not outer._over and outer._run.rid == run.rid and outer._run.plan.flights is run.plan.flights:
             run.report("busy")
             raise InProgress(
                 run.rid.digest,
@@ -484,13 +530,15 @@ def _trust(plan: Plan) -> float:
 async def _follow(driver: Driver, run: Run, flight: Flight, until: float | None) -> Replay | None:
     """Wait for the leader's outcome. None: it brought none, or is not heard of; ask again."""
     flights = run.plan.flights
-    run.report("waited")
+    if not run.waited:
+        run.waited = True
+        run.report("waited")
     waiter = driver.waiter()
     if flights.join(flight, waiter):
         try:
             while not flight.landed:
                 now = driver.now()
-                trusted = max(flight.trusted_until, flight.run.valid_until) - now
+                trusted = flight.trusted_until - now
                 left = trusted if until is None else min(trusted, until - now)
                 if left <= 0:
                     break
@@ -499,10 +547,12 @@ async def _follow(driver: Driver, run: Run, flight: Flight, until: float | None)
             flights.leave(flight, waiter)
     if flight.landed and flight.settled is not None:
         return _replay(run, flight.settled, stored=flight.stored)
+    if flight.error is not None and not run.plan.run_on_outage:
+        raise BackendUnavailable(str(flight.error)) from flight.error
     now = driver.now()
     if until is not None and now >= until:
         run.report("busy")
-        raise InProgress(run.rid.digest, retry_after=max(0.0, flight.run.valid_until - now))
+        raise InProgress(run.rid.digest, retry_after=max(0.0, flight.busy_until - now, flight.run.valid_until - now))
     return None
 
 
@@ -510,12 +560,13 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
     """Claim until the claim is granted (None) or answered; wait while another process runs."""
     plan, rid, flight = run.plan, run.rid, run.flight
     over: int | None = None
-    waited = False
+    reply: Claim | None = None
     while True:
         sent = driver.now()
         if flight is not None:
-            flight.trusted_until = sent + _trust(plan)
+            flight.trust(sent + _trust(plan))
         run.claiming = True
+        run.answer_due = sent + 0.9 * min(plan.lease, plan.backend.timeout)
         try:
             reply = await plan.backend.claim(
                 rid,
@@ -528,7 +579,11 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
             )
         except BackendError as error:
             run.report("backend_error", error=error)
-            raise
+            # Once the backend has spoken of another run, nothing runs beside it.
+            if not (plan.run_on_outage and isinstance(error, BackendUnavailable) and reply is None):
+                raise
+            _go_unprotected(run, error)
+            return None
         if isinstance(reply, Granted):
             run.token = reply.token
             run.valid_until = sent + plan.lease * (1 - _MARGIN)
@@ -551,17 +606,29 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
         if left is not None and left <= 0:
             run.report("busy", token=reply.token)
             raise InProgress(rid.digest, retry_after=reply.lease_left)
-        if not waited:
-            waited = True
+        if not run.waited:
+            run.waited = True
             run.report("waited", token=reply.token)
         patience = reply.lease_left if left is None else min(left, reply.lease_left)
         if flight is not None:
-            flight.trusted_until = now + patience + _trust(plan)
+            flight.busy_until = now + reply.lease_left
+            flight.trust(now + patience + _trust(plan))
         try:
             await plan.backend.changed(rid, token=reply.token, timeout=max(patience, 0.001))
         except BackendError as error:  # the next claim tells whether the backend is out
             run.report("backend_error", error=error)
             await driver.sleep(min(patience, 0.05))
+
+
+def _go_unprotected(run: Run, error: BackendUnavailable) -> None:
+    run.claiming = False
+    run.unprotected = True
+    run.report("unprotected", error=error)
+    warnings.warn(
+        f"{run.plan.namespace} runs without protection, as its backend is out and on_outage is 'run': {error}",
+        UnprotectedWarning,
+        stacklevel=2,
+    )
 
 
 async def _probe(driver: Driver, run: Run, found: Unknown) -> tuple[int | None, Settled | None]:
@@ -619,26 +686,58 @@ async def settle(driver: Driver, run: Run, value: Any) -> Replay:
         ResultUnavailable: the value cannot be encoded; the record says that it was done.
     """
     plan = run.plan
-    codec, body, result = _encode(run, value)
-    stored = False
-    if not run.unprotected:
-        try:
-            stored = await _confirm(
-                driver,
-                run,
-                lambda: plan.backend.complete(
-                    run.rid, attempt=run.attempt, token=run.token or 0, codec=codec, body=body, ttl=plan.ttl
-                ),
-            )
-        except LeaseLost:
-            plan.flights.land(run)
-            raise
-        run.report("completed" if stored else "not_stored")
-    token = run.token or 0
-    plan.flights.land(run, Settled(False, token, 0.0, codec, body), stored=stored)
-    if codec == UNAVAILABLE:
-        raise ResultUnavailable(run.rid.digest, reason=body.decode(), result=value)
-    return Replay(result, replayed=False, stored=stored, token=token, age=0.0)
+    try:
+        codec, body, result = _encode(run, value)
+        settled, stored = Settled(False, 0, 0.0, codec, body), False
+        if not run.unprotected:
+            settled, stored = await _record(driver, run, settled, plan.ttl)
+            run.report("completed" if stored else "not_stored")
+        plan.flights.land(run, settled, stored=stored)
+    finally:
+        plan.flights.land(run)
+    if settled.codec == UNAVAILABLE:
+        raise ResultUnavailable(run.rid.digest, reason=settled.body.decode(), result=value)
+    return Replay(result, replayed=False, stored=stored, token=settled.token, age=0.0)
+
+
+async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tuple[Settled, bool]:
+    """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over."""
+    backend, rid, attempt = run.plan.backend, run.rid, run.attempt
+    command = backend.fail if settled.failed else backend.complete
+    outgoing = settled
+    gone = False
+
+    def send() -> Awaitable[Answer]:
+        return command(rid, attempt=attempt, token=run.token or 0, codec=outgoing.codec, body=outgoing.body, ttl=ttl)
+
+    async def step() -> Answer:
+        nonlocal gone
+        answer = Answer.GONE if gone else await send()
+        if answer is not Answer.GONE:
+            return answer
+        # Forgotten by force, or lost by the backend: a new claim tells whether anybody runs it by now.
+        gone = True
+        plan = run.plan
+        reply = await backend.claim(
+            rid,
+            attempt=attempt,
+            fingerprint=run.fingerprint,
+            lease=plan.lease,
+            keep=plan.keep,
+            takeover=plan.takeover,
+        )
+        if not isinstance(reply, Granted):
+            return Answer.STALE
+        run.token = reply.token
+        gone = False
+        return await send()
+
+    def give_up_body() -> None:
+        nonlocal outgoing
+        outgoing = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
+
+    stored = await _confirm(driver, run, step, give_up_body)
+    return (outgoing if stored else settled)._replace(token=run.token or 0), stored
 
 
 async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
@@ -646,9 +745,7 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
     plan = run.plan
     try:
         if run.token is None:
-            if run.claiming and not isinstance(error, Exception):
-                # Interrupted while the claim was under way: it may have been applied, or may be yet.
-                await plan.backend.release(run.rid, attempt=run.attempt, token=None)
+            await _withdraw(driver, run, error)
             return
         if not isinstance(error, Exception):
             await driver.still(run)
@@ -663,58 +760,72 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
 
         async def release() -> Answer:
             answer = await plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
-            return Answer.DONE if answer is Answer.GONE else answer  # gone is what it was to be
+            # Gone is what it was to be; another's within the lease: this release was applied, and its reply lost.
+            applied = answer is Answer.GONE or driver.now() < run.valid_until
+            return Answer.DONE if applied else answer
 
         released = await _confirm(driver, run, release)
         run.report("released" if released else "not_stored", error=error)
     except LeaseLost as lost:
         error.add_note(f"idempotent: {lost}")
-    except BackendError as failure:
+    except Exception as failure:
         run.report("backend_error", error=failure)
         error.add_note(f"idempotent: the key could not be released and stays claimed until its lease ends: {failure}")
     finally:
         plan.flights.land(run)
 
 
+async def _withdraw(driver: Driver, run: Run, error: BaseException) -> None:
+    """Take back a claim without an answer: it may have been applied, or may be yet.
+
+    A server that does not answer makes this cost a deadline more: not worth it where others may take over.
+    """
+    plan = run.plan
+    answers = driver.now() < run.answer_due
+    if run.claiming and (answers or not plan.takeover or not isinstance(error, Exception)):
+        try:
+            await plan.backend.release(run.rid, attempt=run.attempt, token=None)
+        except BackendError as failure:
+            run.report("backend_error", error=failure)
+
+
 async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) -> None:
     plan = run.plan
     codec = ERROR
     try:
-        body = encode_error(error, tuple(plan.error_ttl))
+        body = encode_error(error)
     except Exception as failure:
-        codec, body = UNAVAILABLE, f"its error, {type(error).__name__}, could not be encoded: {failure}".encode()
-    stored = await _confirm(
-        driver,
-        run,
-        lambda: plan.backend.fail(run.rid, attempt=run.attempt, token=run.token or 0, codec=codec, body=body, ttl=ttl),
-    )
+        codec, body = UNAVAILABLE, f"its error, {type(error).__name__}, could not be encoded: {why(failure)}".encode()
+    settled, stored = await _record(driver, run, Settled(True, 0, 0.0, codec, body), ttl)
     run.report("failed" if stored else "not_stored", error=error)
-    plan.flights.land(run, Settled(True, run.token or 0, 0.0, codec, body), stored=stored)
+    plan.flights.land(run, settled, stored=stored)
 
 
-async def _confirm(driver: Driver, run: Run, step: Callable[[], Awaitable[Answer]]) -> bool:
+async def _confirm(
+    driver: Driver, run: Run, step: Callable[[], Awaitable[Answer]], refused: Callable[[], None] | None = None
+) -> bool:
     """Send the last step of a run until the backend answers or the lease ends; whether it was applied.
 
-    Raises LeaseLost only when another attempt holds, or may have held, the record.
+    Calls `refused` when the backend refuses the step instead of being out. Raises LeaseLost only when another attempt
+    holds the record.
     """
     await driver.still(run)
     pause = 0.01
     while True:
         try:
             answer = await step()
-        except BackendError as error:
+        except Exception as error:  # of a backend that breaks its contract, too: the function has run
             run.report("backend_error", error=error)
             left = run.valid_until - driver.now()
             if left <= 0:
                 return False
+            if refused is not None and isinstance(error, BackendError) and not isinstance(error, BackendUnavailable):
+                refused()
             await driver.sleep(min(left, pause * (0.5 + random() / 2)))
             pause = min(pause * 2, 1.0)
             continue
-        if answer is Answer.DONE:
-            return True
-        if answer is Answer.GONE and driver.now() < run.valid_until:
-            # Nobody can have taken over within the lease: the record was forgotten by force, or the backend lost it.
-            return False
+        if answer is not Answer.STALE:
+            return answer is Answer.DONE
         run.lost = True
         run.report("lease_lost")
         raise LeaseLost(run.rid.digest, token=run.token or 0)
@@ -731,11 +842,12 @@ async def renew(driver: Driver, run: Run) -> float | None:
     except BackendError as error:
         # Neither a yes nor a no: ask again soon, and count as lost once local validity is over.
         run.report("backend_error", error=error)
-        return min(plan.lease / 3, max(0.02, (run.valid_until - driver.now()) / 4))
+        left = run.valid_until - driver.now()
+        return plan.lease / 3 if left <= 0 else min(plan.lease / 3, max(0.02, left / 4))
     if answer is Answer.DONE:
         run.valid_until = sent + plan.lease * (1 - _MARGIN)
         return plan.lease / 3
-    run.lost = True
+    run.lost = True  # where the record is gone, anybody may claim the key by now
     run.report("lease_lost")
     return None
 
@@ -750,15 +862,14 @@ def _encode(run: Run, value: Any) -> tuple[str, bytes, Any]:
         return plan.codec.name, body, plan.codec.decode(body, run.rid.text)
     except Exception as failure:
         # Any error of a user's serializer, too: the function has run, so nothing may invite a second run.
-        return (
-            UNAVAILABLE,
-            f"it could not be encoded: {type(failure).__name__}: {failure}".encode(errors="replace"),
-            value,
+        reason = (
+            f"what {plan.namespace} returned could not be kept ({why(failure)}); give serializer= or keep_result=False"
         )
+        return UNAVAILABLE, reason.encode(errors="replace"), value
 
 
 def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
-    """The recorded outcome as this call's own: the decoded value, or the recorded error raised."""
+    """The recorded outcome as this call's own: the decoded value, or the recorded error."""
     plan, digest = run.plan, run.rid.digest
     run.report("replayed", token=settled.token, age=settled.age)
     if settled.codec == UNAVAILABLE:
@@ -766,9 +877,11 @@ def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
     if settled.failed:
         try:
             error = decode_error(settled.body, tuple(plan.error_ttl))
-        except SerializationError as failure:
-            raise ResultUnavailable(digest, reason=f"its recorded error cannot be rebuilt: {failure}") from failure
-        raise error
+        except Exception as failure:
+            raise ResultUnavailable(
+                digest, reason=f"its recorded error cannot be rebuilt for {plan.namespace}: {why(failure)}"
+            ) from None
+        return Replay(None, replayed=True, stored=stored, token=settled.token, age=settled.age, error=error)
     if settled.codec == DONE or not plan.keep_result:
         value = None
     elif settled.codec != plan.codec.name:
@@ -780,9 +893,7 @@ def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
         try:
             value = plan.codec.decode(settled.body, run.rid.text)
         except Exception as failure:
-            raise ResultUnavailable(
-                digest, reason=f"it cannot be decoded: {type(failure).__name__}: {failure}"
-            ) from failure
+            raise ResultUnavailable(digest, reason=f"{plan.namespace} cannot decode it: {why(failure)}") from None
     return Replay(value, replayed=True, stored=stored, token=settled.token, age=settled.age)
 
 
@@ -794,6 +905,8 @@ async def peek(run: Run) -> Record | None:
 async def forget(run: Run, *, force: bool) -> bool:
     """Remove the record, so that the next call runs; whether there was one. Raises InProgress for a running one."""
     found = await run.plan.backend.forget(run.rid, force=force)
+    if force:
+        run.plan.flights.ground(run.rid)
     if found is not None and found.state == "running" and not force:
         raise InProgress(
             run.rid.digest,
@@ -844,6 +957,6 @@ async def resolve(run: Run, *, value: Any, error: Exception | None, applied: boo
         ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), 0.0)
         if not ttl:
             raise ValueError(f"{type(error).__name__} is not named in error_ttl, so it could not be replayed")
-        codec, body = ERROR, encode_error(error, tuple(plan.error_ttl))
+        codec, body = ERROR, encode_error(error)
     settled = await _settle_dead(run, found.token, codec, body, failed=error is not None, ttl=ttl)
     return settled is not None

@@ -81,7 +81,7 @@ class Signals:
     __slots__ = ("__weakref__", "_lock", "_waiters")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a lost task's wait while this thread holds it
         self._waiters: dict[str, set[Waiter]] = {}
         _all.add(self)
 
@@ -121,7 +121,7 @@ class Signals:
 
     def reset(self) -> None:
         """Forget all waiters: they are threads of the parent process."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a lost task's wait while this thread holds it
         self._waiters = {}
 
 

@@ -121,11 +121,16 @@ class TypedJSON:
             convert = self._convert
             decode = None if convert is None else lambda data: convert(canonical.loads(data[1:]))
         if decode is None:
-            raise SerializationError("it was recorded under a return annotation that the function no longer has")
+            raise SerializationError(
+                f"it was recorded under a return annotation that {self._label} no longer has; put it back, or forget() the key"
+            )
         try:
             return decode(data)
-        except Exception as error:
-            raise SerializationError(f"it does not fit the return annotation: {error}") from error
+        except Exception as error:  # its own words may quote the record
+            raise SerializationError(
+                f"it does not fit the return annotation of {self._label} ({type(error).__name__});"
+                " annotate what the record holds, or forget() the key"
+            ) from None
 
 
 class _Return:

@@ -11,6 +11,7 @@ instant in two time zones is two values, for the same reason: a function can tel
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -171,11 +172,13 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     elif isinstance(value, tuple) and hasattr(kind, "_fields"):
         return dict(zip(kind._fields, value, strict=True))
     elif hasattr(kind, "__struct_fields__"):
-        names = kind.__struct_fields__
+        unset = sys.modules["msgspec"].UNSET
+        return {name: item for name in kind.__struct_fields__ if (item := getattr(value, name, unset)) is not unset}
     elif hasattr(kind, "__attrs_attrs__"):
         names = [attribute.name for attribute in kind.__attrs_attrs__]
     elif hasattr(kind, "model_fields") and hasattr(value, "__pydantic_fields_set__"):
-        return {**value.__dict__, **(getattr(value, "__pydantic_extra__", None) or {})}
+        held = {name: value.__dict__[name] for name in kind.model_fields if name in value.__dict__}
+        return {**held, **(getattr(value, "__pydantic_extra__", None) or {})}
     else:
         return None
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
@@ -213,15 +216,20 @@ def dumps(value: object, *, rows: bool = False) -> tuple[bytes, bool]:
 
     Args:
         value: what is to be kept.
-        rows: reduce a named tuple to a list instead of a dict, for a reader that knows its class.
+        rows: for a reader that knows the classes and compares: fields in the form and by the names that it looks for,
+            dict keys that are not hashable once reduced, and the text of what has no other form.
 
     Raises:
-        SerializationError: it has no such form.
+        SerializationError: it has no such form. The message holds nothing of the value.
     """
     walk = _Walk(rows)
     try:
-        return orjson.dumps(_keep(value, walk, 0)), walk.reduced
-    except (TypeError, ValueError, RecursionError) as error:
+        kept = _keep(value, walk, 0)
+    except (TypeError, ValueError, RecursionError) as error:  # raised by a class of the user's: it may say anything
+        raise SerializationError(f"the value cannot be kept as JSON ({type(error).__name__})") from None
+    try:
+        return orjson.dumps(kept), walk.reduced
+    except TypeError as error:
         raise SerializationError(f"the value cannot be kept as JSON: {error}") from None
 
 
@@ -241,17 +249,16 @@ def _keep(value: Any, walk: _Walk, depth: int) -> Any:
     if kind is dict:
         if all(type(key) is str for key in value) and _TAG not in value:
             return {key: _keep(item, walk, depth) for key, item in value.items()}
-        keys = _distinct(value, walk, depth)
-        if keys is None:
+        keys, distinct = _distinct(value, walk, depth)
+        if not distinct and not walk.rows:
             raise SerializationError("the keys of a dict, reduced to plain values, would not be keys of their own")
-        return {_TAG: ["d", *[[key, _keep(item, walk, depth)] for key, item in zip(keys, value.values(), strict=True)]]}
+        pairs = [[key, _keep(item, walk, depth)] for key, item in zip(keys, value.values(), strict=True)]
+        return {_TAG: ["d" if distinct else "k", *pairs]}
     if kind is tuple:
         return {_TAG: ["t", *[_keep(item, walk, depth) for item in value]]}
     if kind is set or kind is frozenset:
-        items = _distinct(value, walk, depth)
-        if items is None:
-            return [_keep(item, walk, depth) for item in value]
-        return {_TAG: ["s" if kind is set else "f", *items]}
+        items, distinct = _distinct(value, walk, depth)
+        return {_TAG: ["s" if kind is set else "f", *items]} if distinct else items
     kept = KEPT.get(kind)
     if kept is not None:
         return {_TAG: kept(value)}
@@ -260,29 +267,46 @@ def _keep(value: Any, walk: _Walk, depth: int) -> Any:
         return _keep(value.value, walk, depth)
     fields = fields_of(value)
     if fields is not None and (not isinstance(value, _CONTAINERS) or isinstance(value, tuple)):
-        return _keep(list(fields.values()) if walk.rows and isinstance(value, tuple) else fields, walk, depth)
+        return _keep(_row(value, fields) if walk.rows else fields, walk, depth)
     for base in _BASES:
         if isinstance(value, base):
             return _keep(_as_base(base, value), walk, depth)
     for container in _CONTAINERS:
         if isinstance(value, container) and fields is None:
             return _keep(container(value), walk, depth)
+    if walk.rows:  # such as a path or an address: what the reader makes of its text is compared
+        return str(value)
     raise SerializationError(f"a {kind.__module__}.{kind.__qualname__} cannot be kept as JSON")
 
 
-def _distinct(items: Iterable[Any], walk: _Walk, depth: int) -> list[Any] | None:
-    """Set items or dict keys as they are kept; None if reducing instances would make two of them one, or unhashable."""
+def _row(value: Any, fields: dict[str, Any]) -> Any:
+    """The fields as a reader that knows the class looks for them: msgspec's structs may have other names, or none."""
+    if isinstance(value, tuple):
+        return list(fields.values())
+    config = getattr(value, "__struct_config__", None)
+    if config is None:
+        return fields
+    names = dict(zip(value.__struct_fields__, value.__struct_encode_fields__, strict=True))
+    fields = {names[name]: item for name, item in fields.items()}
+    if config.tag is not None:
+        fields = {config.tag_field: config.tag, **fields}
+    return list(fields.values()) if config.array_like else fields
+
+
+def _distinct(items: Iterable[Any], walk: _Walk, depth: int) -> tuple[list[Any], bool]:
+    """Set items or dict keys as they are kept, and whether they are that still: reducing instances may have made two
+    of them one, or unhashable.
+    """
     reduced, walk.reduced = walk.reduced, False
     kept = [_keep(item, walk, depth) for item in items]
+    distinct = True
     if walk.reduced:
         try:
-            whole = len({_rebuild(item) for item in kept}) == len(kept)
+            distinct = len({_rebuild(item) for item in kept}) == len(kept)
         except TypeError:
-            whole = False
-    else:
-        whole = True
+            distinct = False
     walk.reduced |= reduced
-    return kept if whole else None
+    return kept, distinct
 
 
 def _zone(zone: Any) -> Any:
@@ -338,7 +362,20 @@ _REBUILT: dict[str, Callable[[list[Any]], Any]] = {
     "s": lambda data: {_rebuild(item) for item in data},
     "f": lambda data: frozenset([_rebuild(item) for item in data]),
     "d": lambda data: {_rebuild(key): _rebuild(item) for key, item in data},
+    "k": lambda data: {_as_key(_rebuild(key)): _rebuild(item) for key, item in data},
 }
+
+
+class _Key(dict[str, Any]):
+    """The fields of an instance that was the key of a dict, until a reader makes an instance of them again."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+
+
+def _as_key(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _Key(value)
+    return tuple([_as_key(item) for item in value]) if isinstance(value, (list, tuple)) else value
 
 
 def loads(data: bytes) -> Any:
@@ -348,7 +385,7 @@ def loads(data: bytes) -> Any:
         # Without a tag in the bytes there is nothing to rebuild, and most results have none.
         return _rebuild(value) if b'"$"' in data else value
     except Exception as error:  # a forged or damaged record can break any constructor in any way
-        raise SerializationError(f"the record cannot be decoded: {type(error).__name__}") from error
+        raise SerializationError(f"the record cannot be decoded ({type(error).__name__})") from None
 
 
 def _rebuild(value: Any) -> Any:

@@ -22,6 +22,7 @@ from idempotent._types import (
     Stats,
 )
 from idempotent.backends.base import Backend
+from idempotent.errors import IdempotencyError
 from idempotent.keys import Binder, check_key
 from idempotent.serializers import Codec, Serializer, codec_for
 
@@ -104,7 +105,8 @@ def idempotent(
         key: what names the operation. A template of parameters with their attributes and items,
             `"payment:{user_id}:{order.id}"`; or a callable that takes the call's arguments and returns text. None: all
             the arguments, in a canonical form.
-        namespace: what the key is unique within. None: the function's `module.qualname`; give one before renaming it.
+        namespace: what the key is unique within. None: the function's `module.qualname`; give one before renaming it,
+            and to each of several functions that one factory makes, as they share that name.
         ttl: seconds or timedelta for which an outcome is replayed, counted from the outcome. Default one day.
         lease: seconds or timedelta for which a claim stands without being renewed; it is renewed every third of it
             while the function runs, and a dead runner's key is free again after it. Default 30.
@@ -204,12 +206,15 @@ class _Spec:
             raise TypeError(f"the probe {probe!r} is async, and a sync function cannot await it")
         self._plan: Plan | None = None
         self._settings: config.Settings | None = None
-        self._codec = self._make_codec(config.settings)
+        self._serializer = _UNSET
+        self._codec: Codec | None = None
+        self._make_codec(config.settings)
 
-    def _make_codec(self, settings: config.Settings) -> Codec | None:
-        if not self.keep_result:
-            return None
-        return codec_for(self.function, self.options.get("serializer") or settings.serializer)
+    def _make_codec(self, settings: config.Settings) -> None:
+        serializer = self.options.get("serializer") or settings.serializer
+        if self.keep_result and serializer is not self._serializer:
+            self._codec = codec_for(self.function, serializer)
+            self._serializer = serializer
 
     def plan(self) -> Plan:
         """The plan, made anew when `configure` has changed the defaults."""
@@ -217,8 +222,7 @@ class _Spec:
         if self._plan is None or self._settings is not settings:
             options = self.options
             shared = config.resolve_backend(options.get("backend"))
-            if self._settings is not None or settings.serializer is not None:
-                self._codec = self._make_codec(settings)
+            self._make_codec(settings)
             if self._codec is not None:
                 self._codec.ready()
             self._plan = Plan(
@@ -236,7 +240,7 @@ class _Spec:
                 hooks=settings.hooks,
                 stats=self.stats,
             )
-            self._settings = config.settings
+            self._settings = settings
         return self._plan
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
@@ -311,20 +315,36 @@ def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         run = spec.run(args, kwargs, key)
-        value: Any = None
+        value: Any = _UNSET
         try:
             replay = drive(flow.begin(SYNC, run))
             if replay is None:
                 with flow.Running(SYNC, run):
                     value = function(*args, **kwargs)
+                if inspect.iscoroutine(value) and inspect.getcoroutinestate(value) == inspect.CORO_CREATED:
+                    unrun, value = value, _UNSET
+                    _refuse(unrun)
+                replay = drive(flow.settle(SYNC, run, value))
         except BaseException as error:
-            finish(functools.partial(flow.abandon, SYNC, run, error))
+            if value is _UNSET:
+                finish(functools.partial(flow.abandon, SYNC, run, error))
+            elif not isinstance(error, IdempotencyError):
+                # A signal handler raised this after the function had returned: the outcome is recorded all the same.
+                finish(functools.partial(flow.settle, SYNC, run, value))
             raise
-        if replay is None:
-            replay = finish(functools.partial(flow.settle, SYNC, run, value))
+        if replay.error is not None:
+            raise replay.error
         return pick(run, replay)
 
     return call
+
+
+def _refuse(unrun: Any) -> None:
+    unrun.close()
+    raise TypeError(
+        f"{unrun.__qualname__} is an async function behind a wrapper that is none: it has not run, and nothing was recorded."
+        " Put @idempotent directly on the async function"
+    )
 
 
 def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
@@ -350,6 +370,8 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
             raise
         if replay is None:
             replay = await _aio.finish(functools.partial(flow.settle, driver, run, value))
+        if replay.error is not None:
+            raise replay.error
         return pick(run, replay)
 
     return call

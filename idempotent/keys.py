@@ -5,6 +5,7 @@ them: a backslash goes before every character of a value that could be mistaken 
 is not followed by such a character is closed by "\e".
 """
 
+import functools
 import inspect
 import os
 import re
@@ -81,6 +82,7 @@ class Binder:
         fingerprint: bool | Callable[..., str | bytes],
         ignore: tuple[str, ...],
     ) -> None:
+        function, self._args, self._kwargs = _unbound(function)
         try:
             self._signature = inspect.signature(function)
         except ValueError as error:
@@ -106,6 +108,8 @@ class Binder:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by parameter, defaults applied. Raises TypeError for a call that does not fit."""
+        if self._args or self._kwargs:
+            args, kwargs = self._args + args, {**self._kwargs, **kwargs}
         names = self._plain
         if names is not None and len(args) <= len(names):
             # Most calls: parameters that take positions and names alike, which needs no inspect.
@@ -141,6 +145,26 @@ class Binder:
         if self._fingerprint is False:
             return key, b""
         return key, _own_fingerprint(self._fingerprint(*args, **kwargs))
+
+
+_PLACEHOLDER = getattr(functools, "Placeholder", object())
+
+
+def _unbound(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The function inside partials and bound methods, and the arguments they bring: those tell calls apart, too."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    while True:
+        if isinstance(function, functools.partial):
+            if any(arg is _PLACEHOLDER for arg in function.args):
+                raise TypeError(f"{function!r} has placeholders; decorate a function that calls it")
+            args, kwargs = function.args + args, {**function.keywords, **kwargs}
+            function = function.func
+        elif inspect.ismethod(function):
+            args = (function.__self__, *args)
+            function = function.__func__
+        else:
+            return function, args, kwargs
 
 
 def _digest(bound: dict[str, Any], left_out: frozenset[str]) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from idempotent import canonical
-from idempotent._failures import decode_error, encode_error
+from idempotent._failures import decode_error, encode_error, why
 from idempotent._typed import TypedJSON
 from idempotent.errors import SerializationError
 
@@ -25,17 +25,21 @@ __all__ = [
     "codec_for",
     "decode_error",
     "encode_error",
+    "why",
 ]
 
 _NAME = 100
 """The longest name of a codec, in bytes."""
+_RESERVED = ("-", "!", "error1")
+"""What the flows write in place of a codec's name."""
 
 
 class Serializer(Protocol):
     """How values become bytes and bytes values.
 
     A serializer may have a `name`, text of at most 100 bytes that changes with its format; it is stored with each
-    record, and a record of another name is ResultUnavailable. Without one it is the name of its class.
+    record, and a record of another name is ResultUnavailable. Without one it is the name of its class. What its
+    exceptions say is never repeated, as it may quote the value; errors name their class and where they were raised.
     """
 
     def dumps(self, value: Any, /) -> bytes:
@@ -91,6 +95,8 @@ class _Foreign:
         name = getattr(serializer, "name", None) or type(serializer).__qualname__
         if not isinstance(name, str) or len(name.encode()) > _NAME:
             raise ValueError(f"the name of serializer= must be text of at most {_NAME} bytes, not {name!r}")
+        if name in _RESERVED:
+            raise ValueError(f"the name of serializer= must not be {name!r}, which marks records of another kind")
         self.name = name
         self._serializer = serializer
 
@@ -138,7 +144,7 @@ class _Wrapper(_Sealing):
 
     def __init__(self, inner: Serializer | None) -> None:
         if inner is not None and not (hasattr(inner, "dumps") and hasattr(inner, "loads")):
-            raise TypeError(f"inner must have dumps(value) and loads(bytes), which {inner!r} has not")
+            raise TypeError(f"inner must have dumps(value) and loads(bytes), which a {type(inner).__name__} has not")
         self.inner = inner
 
     def _plain(self, value: Any) -> bytes:
@@ -273,11 +279,19 @@ class Encrypted(_Wrapper):
             raise ImportError("Encrypted needs cryptography: pip install 'idempotent-py[crypto]'") from error
         if not keys:
             raise ValueError("keys must hold at least one key, such as {'2026': AESGCM.generate_key(256)}")
+        if not isinstance(keys, Mapping):
+            raise TypeError(
+                f"keys must be a dict such as {{'2026': AESGCM.generate_key(256)}}, not {type(keys).__name__}"
+            )
         for key_id, key in keys.items():
-            if not isinstance(key_id, str) or not 0 < len(key_id.encode()) < 256:
-                raise ValueError(f"a key's id must be text of 1 to 255 bytes, not {key_id!r}")
-            if not isinstance(key, bytes) or len(key) not in (16, 24, 32):
-                raise ValueError(f"the key {key_id!r} must be 16, 24 or 32 bytes")
+            if not isinstance(key_id, str):
+                raise TypeError(f"the id of a key must be text, not {type(key_id).__name__}")
+            if not isinstance(key, bytes):
+                raise TypeError(f"the key {key_id!r} must be bytes, not {type(key).__name__}")
+            if not 0 < len(key_id.encode()) < 256:
+                raise ValueError(f"the id of a key must be text of 1 to 255 bytes, not {len(key_id.encode())}")
+            if len(key) not in (16, 24, 32):
+                raise ValueError(f"the key {key_id!r} must be 16, 24 or 32 bytes, not {len(key)}")
         self._ciphers = {key_id.encode(): AESGCM(key) for key_id, key in keys.items()}
         self._first = next(iter(self._ciphers))
         self._invalid = InvalidTag

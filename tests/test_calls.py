@@ -35,13 +35,15 @@ class Counter:
     """Counts the effects of a function under test."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.count = 0
+        lock = threading.Lock()
 
-    def hit(self) -> int:
-        with self.lock:
-            self.count += 1
-            return self.count
+        def hit() -> int:  # no method: the calls of one would have to say what identifies its instance
+            with lock:
+                self.count += 1
+                return self.count
+
+        self.hit = hit
 
 
 @pytest.fixture

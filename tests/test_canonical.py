@@ -1,9 +1,11 @@
 """The canonical form: one digest for one value and type, and results that come back as what they were."""
 
 import datetime as dt
+import functools
 import ipaddress
 import json
 import math
+import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -766,6 +768,105 @@ def test_rows_asks_nothing_of_other_values() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "value, fields",
+    [
+        ({Frozen(1): "a"}, [({"id": 1}, "a")]),
+        ({Point(1, 2): "a", Point(2, 1): "b"}, [((1, 2), "a"), ((2, 1), "b")]),
+        ({(Frozen(1), 5): "a"}, [(({"id": 1}, 5), "a")]),
+    ],
+    ids=["dataclass", "named tuple", "inside"],
+)
+def test_a_reader_that_knows_the_class_gets_its_instances_as_keys_of_a_dict(value: Any, fields: Any) -> None:
+    with pytest.raises(SerializationError, match="would not be keys"):
+        dumps(value)
+    data, reduced = dumps(value, rows=True)
+    assert reduced
+    assert list(loads(data).items()) == fields
+
+
+@pytest.mark.parametrize(
+    "value, items",
+    [
+        ({Frozen(1)}, [{"id": 1}]),
+        (frozenset({Point(1, 2)}), [[1, 2]]),
+        ({frozenset({Frozen(1)})}, [[{"id": 1}]]),
+        ({frozenset({1})}, {frozenset({1})}),
+    ],
+    ids=["dataclass", "named tuple", "nested", "plain"],
+)
+def test_a_reader_that_knows_the_class_gets_a_set_of_instances_as_a_list(value: Any, items: Any) -> None:
+    assert loads(dumps(value, rows=True)[0]) == items
+
+
+class Renamed(msgspec.Struct, tag="one", rename="camel"):
+    first_name: str
+    last_name: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class Row(msgspec.Struct, tag=7, array_like=True):
+    first_name: str
+
+
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        (Renamed("Ann"), {"type": "one", "firstName": "Ann"}),
+        (Renamed("Ann", "Lee"), {"type": "one", "firstName": "Ann", "lastName": "Lee"}),
+        (Row("Ann"), [7, "Ann"]),
+        (PurePosixPath("a/b"), "a/b"),
+    ],
+    ids=["struct", "full struct", "array", "path"],
+)
+def test_a_reader_that_knows_the_class_gets_what_its_class_looks_for(value: Any, kept: Any) -> None:
+    assert loads(dumps(value, rows=True)[0]) == kept
+
+
+def test_a_field_that_is_unset_is_left_out() -> None:
+    assert loads(dumps(Renamed("Ann"))[0]) == {"first_name": "Ann"}
+    assert encode(Renamed("Ann")) != encode(Renamed("Ann", ""))
+
+
+def test_what_a_cached_property_holds_is_no_content() -> None:
+    class Lazy(pydantic.BaseModel):
+        id: int
+
+        @functools.cached_property
+        def twice(self) -> int:
+            return 2 * self.id
+
+    lazy, before = Lazy(id=1), encode(Lazy(id=1))
+    assert lazy.twice == 2
+    assert encode(lazy) == before
+    assert loads(dumps(lazy)[0]) == {"id": 1}
+
+
+class Quoting:
+    """Its errors quote what it holds."""
+
+    __attrs_attrs__ = (types.SimpleNamespace(name="number"),)
+
+    @property
+    def number(self) -> Any:
+        raise ValueError("no 4242")
+
+
+def test_an_error_holds_nothing_of_the_value() -> None:
+    refused: list[Callable[[], Any]] = [
+        lambda: dumps(Quoting()),
+        lambda: dumps({Frozen(4242): 1}),
+        lambda: dumps(["4242\ud800"]),
+        lambda: loads(b'{"$":["dt","4242",0,null]}'),
+        lambda: loads(b'"4242'),
+    ]
+    for act in refused:
+        with pytest.raises(SerializationError) as caught:
+            act()
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+        assert caught.value.__cause__ is None
+        assert "4242" not in str(caught.value)
+
+
 UNENCODABLE: dict[str, Callable[[], Any]] = {
     "object": object,
     "instance": Opaque,
@@ -917,6 +1018,8 @@ def test_a_uuid_that_is_no_text_is_a_serialization_error() -> None:
         b'{"$":["s",[]]}',
         b'{"$":["d",[[],1]]}',
         b'{"$":["d",1]}',
+        b'{"$":["k",1]}',
+        b'{"$":["k",[{"$":["s"]},1]]}',
         b'{"$":["D","one"]}',
         b'{"$":["dt","2024-01-01T00:00:00",2,null]}',
         b'{"$":["dt","2024-01-01T00:00:00",0,{"key":"No/Where"}]}',

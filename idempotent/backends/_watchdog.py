@@ -39,11 +39,15 @@ class Watchdog:
             return
         mark = object()
         with self._changed:
-            self._watched[mark] = (deadline, descriptor)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="idempotent-watchdog", daemon=True)
-                self._thread.start()
-            elif deadline < self._wakes:
+                thread = threading.Thread(target=self._watch, name="idempotent-watchdog", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise OSError(f"no deadline can be kept: {error}") from error
+                self._thread = thread
+            self._watched[mark] = (deadline, descriptor)
+            if deadline < self._wakes:
                 self._changed.notify()
         try:
             yield

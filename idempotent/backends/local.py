@@ -43,6 +43,7 @@ class _Store:
         self.clock = clock
         self.last_token = 0
         self.open: dict[str, Row] = {}
+        self.sweep_at = 1024
         self.settled: TLRUCache[str, Row] = TLRUCache(
             maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=clock
         )
@@ -65,12 +66,23 @@ class _Store:
         if isinstance(row, Row) and row.state not in _SETTLED:
             self.settled.pop(key, None)
             self.open[key] = row
+            if len(self.open) > self.sweep_at:  # calls that were thrown away leave theirs
+                self.sweep(len(self.open))
+                self.sweep_at = max(1024, 2 * len(self.open))
             return
         self.open.pop(key, None)
         if isinstance(row, Row):
             self.settled[key] = row
         else:
             self.settled.pop(key, None)
+
+    def sweep(self, limit: int) -> int:
+        """Drop up to `limit` open rows past their retention; how many there were."""
+        now = self.clock()
+        over = [key for key, row in self.open.items() if row.expires is not None and row.expires <= now][:limit]
+        for key in over:
+            del self.open[key]
+        return len(over)
 
     def new_token(self, token: int) -> int:
         """`token`, or the next one that was never granted: the record that had it last may be gone."""
@@ -204,7 +216,8 @@ class LocalBackend(Backend):
         waiter = self._waiter()
         store.signals.add(rid.text, waiter)
         try:
-            row = store.find(rid.text)
+            with store.lock:
+                row = store.find(rid.text)
             if row is not None and row.state is State.RUNNING and row.token == token:
                 await waiter.wait(timeout)
         finally:
@@ -229,12 +242,8 @@ class LocalBackend(Backend):
     async def purge(self, limit: int = 1000) -> int:
         store = self._store
         with store.lock:
-            now = store.clock()
-            over = [key for key, row in store.open.items() if row.expires is not None and row.expires <= now][:limit]
-            for key in over:
-                del store.open[key]
             store.settled.expire()
-        return len(over)
+            return store.sweep(limit)
 
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()

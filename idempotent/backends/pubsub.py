@@ -59,7 +59,7 @@ class Listener:
         _listeners.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a lost task's wait while this thread holds it
         self._signals = Signals()
         self._acknowledged = Signals()
         self._waiting: dict[str, int] = {}
@@ -91,6 +91,8 @@ class Listener:
                     return False
                 self._asked.add(channel)
                 self._ring()
+                if self._thread is None:
+                    return False
             await ack.wait(timeout)
         finally:
             self._acknowledged.discard(channel, ack)
@@ -123,11 +125,20 @@ class Listener:
             self._closing = False
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
-            self._bell = theirs
-            self._thread = threading.Thread(target=self._listen, args=(ours,), name="idempotent-listener", daemon=True)
-            self._thread.start()
+            theirs.setblocking(False)
+            thread = threading.Thread(target=self._listen, args=(ours,), name="idempotent-listener", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: waiters poll
+                ours.close()
+                theirs.close()
+                return
+            self._bell, self._thread = theirs, thread
         elif self._bell is not None:
-            self._bell.send(b"!")
+            try:
+                self._bell.send(b"!")
+            except BlockingIOError:  # full: it has rung
+                pass
 
     def _listen(self, bell: socket.socket) -> None:
         connection: Any = None

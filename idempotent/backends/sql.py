@@ -839,7 +839,10 @@ class _SyncLink:
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=connect, name="idempotent-connect", daemon=True).start()
+        try:
+            threading.Thread(target=connect, name="idempotent-connect", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(f"no connection can be made: {error}") from error
         try:
             connection = future.result(max(0.0, deadline - time.monotonic()))
         except BaseException:
