@@ -116,8 +116,9 @@ class Heart:
                     return None
                 continue
             now = time.monotonic()
-            run, due = min(self._due.items(), key=lambda item: item[1])
+            due = min(self._due.values())
             if due <= now:
+                run = min(self._due, key=self._due.__getitem__)
                 del self._due[run]
                 self._under_way.add(run)
                 return run
@@ -145,6 +146,7 @@ class Heart:
                         self._changed.notify_all()
                     if pause is not None:
                         self._schedule(run, time.monotonic() + pause)
+                    del run  # a thread that waits keeps no arguments alive
             finally:
                 self._threads -= 1
 

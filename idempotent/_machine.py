@@ -39,15 +39,20 @@ The claim, row by row (an earlier line wins):
 
 The owner's commands; `own` means that attempt and token are those in the record:
 
-    command             running, own   unknown, own   settled, own    another's   absent
-    ------------------  -------------  -------------  --------------  ----------  ------
-    renew               DONE, renewed  DONE, running  STALE           STALE       GONE
-    complete, fail      DONE, settled  DONE, settled  DONE, as it is  STALE       GONE
-    release             DONE, absent   DONE, absent   STALE           STALE       GONE
-    release(unknown)    DONE, unknown  DONE, as is    STALE           STALE       GONE
+    command             running, own     unknown, own     settled, own    another's   absent
+    ------------------  ---------------  ---------------  --------------  ----------  -----------------
+    renew               DONE, renewed    DONE, running    STALE           STALE       GONE
+    complete, fail      DONE, settled    DONE, settled    DONE, as it is  STALE       GONE
+    release             DONE, withdrawn  DONE, withdrawn  STALE           STALE       GONE
+    release(unknown)    DONE, unknown    DONE, as is      STALE           STALE       GONE
+
+What a release or a forget leaves is a tombstone, the withdrawn record, for longer than a command can be in flight.
+It keeps the token: a claim that read the clock before the release and is applied after it is granted a higher one all
+the same, and an owner of a lower one is told STALE. And it keeps the attempt: the release, sent twice, knows itself
+and says DONE again, and its claim cannot be applied once more. To everybody else it is an absent record.
 
 A release whose token is None takes back a claim that was never confirmed: it knows itself by its attempt alone and
-leaves a short tombstone where it finds nothing, so that the claim cannot be applied after it. A record has one
+leaves a tombstone even where it finds nothing, so that the claim cannot be applied after it. A record has one
 tombstone, of the last claim withdrawn: should an earlier one arrive after it, its lease runs out like a dead runner's.
 """
 
@@ -66,7 +71,9 @@ from idempotent._record import (
 )
 
 TOMBSTONE = 10_000_000
-"""How long a withdrawn claim is remembered, in microseconds: longer than a command can be in flight."""
+"""How long a withdrawn record is remembered, in microseconds: longer than a command can be in flight."""
+NOBODY = bytes(8)
+"""The attempt in the tombstone of a forgotten record: whoever ran it may claim the key again."""
 
 
 class Ask(NamedTuple):
@@ -138,33 +145,40 @@ def on_settle(row: Row | None, attempt: bytes, token: int, settled: Row, now: in
     return Answer.DONE, settled._replace(fingerprint=row.fingerprint)
 
 
-class Removed:
-    """The change that leaves no row."""
-
-
-REMOVED = Removed()
-
-
 def on_release(
     row: Row | None, attempt: bytes, token: int | None, now: int, *, unknown: bool = False
-) -> tuple[Answer, Row | Removed | None]:
-    """The answer to a release, and the row to store, REMOVED, or None to leave it."""
+) -> tuple[Answer, Row | None]:
+    """The answer to a release, and the row to store (None: leave it)."""
     answer = _owner(row, attempt, token, now)
     if row is None or answer is not Answer.DONE:
-        if token is None and answer is Answer.GONE:
-            previous = 0 if row is None else row.token
-            return answer, Row(State.WITHDRAWN, previous, attempt, b"", now, expires=now + TOMBSTONE)
+        if row is not None and row.state is State.WITHDRAWN and row.attempt == attempt and now < (row.expires or 0):
+            return Answer.DONE if token == row.token else answer, None
+        if answer is Answer.GONE and token is None:
+            return answer, _withdrawn(row, attempt, now)
         return answer, None
     if row.state in (State.COMPLETED, State.FAILED):
         return Answer.STALE, None
     if unknown:
         return Answer.DONE, _unknown(row, now) if row.state is State.RUNNING else None
-    return Answer.DONE, REMOVED
+    return Answer.DONE, _withdrawn(row, attempt, now)
+
+
+def on_forget(row: Row, now: int) -> Row:
+    """The row to store instead of a record that is forgotten."""
+    return _withdrawn(row, NOBODY, now)
+
+
+def _withdrawn(row: Row | None, attempt: bytes, now: int) -> Row:
+    token, fingerprint = (0, b"") if row is None else (row.token, row.fingerprint)
+    return Row(State.WITHDRAWN, token, attempt, fingerprint, now, expires=now + TOMBSTONE)
 
 
 def _owner(row: Row | None, attempt: bytes, token: int | None, now: int) -> Answer:
-    if row is None or row.state is State.WITHDRAWN or (row.expires is not None and row.expires <= now):
+    if row is None or (row.expires is not None and row.expires <= now):
         return Answer.GONE
+    if row.state is State.WITHDRAWN:
+        overtaken = token is not None and row.token > token
+        return Answer.STALE if overtaken else Answer.GONE
     if row.attempt == attempt and token in (None, row.token):
         return Answer.DONE
     return Answer.STALE

@@ -30,7 +30,7 @@ class State(Enum):
     FAILED = "F"
     UNKNOWN = "U"
     WITHDRAWN = "W"
-    """A short tombstone: the claim of this attempt was taken back before it was confirmed."""
+    """A short tombstone: the record was released or forgotten, or its claim taken back."""
 
 
 class RecordId:

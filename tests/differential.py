@@ -10,7 +10,7 @@ from colours import Colour
 from idempotent import Backend
 from idempotent import _machine as machine
 from idempotent._drive import drive
-from idempotent._machine import REMOVED, Ask, Removed
+from idempotent._machine import Ask
 from idempotent._record import Granted, Record, RecordId, Row, State, describe
 
 ATTEMPTS = [b"attemptA", b"attemptB", b"attemptC"]
@@ -140,9 +140,7 @@ def _choose(dice: random.Random, row: Row | None, tokens: list[int]) -> tuple[st
     return name, {}
 
 
-def _expected(
-    row: Row | None, name: str, arguments: dict[str, Any], rid: RecordId, now: int
-) -> tuple[Any, Row | Removed | None]:
+def _expected(row: Row | None, name: str, arguments: dict[str, Any], rid: RecordId, now: int) -> tuple[Any, Row | None]:
     """What the machine answers at `now`, and what is stored afterwards; None: as before."""
     if name == "claim":
         ask = {**arguments, "lease": _micros(arguments["lease"])}
@@ -159,8 +157,8 @@ def _expected(
     if name == "release":
         return machine.on_release(row, attempt, token, now, unknown=arguments["unknown"])
     found = None if row is None else describe(rid, row, now)
-    if name == "forget" and found is not None and (found.state != "running" or arguments["force"]):
-        return found, REMOVED
+    if name == "forget" and row is not None and found is not None and (found.state != "running" or arguments["force"]):
+        return found, machine.on_forget(row, now)
     return found, None
 
 
@@ -177,7 +175,7 @@ def _compare(
     (early, early_row), (late, late_row) = (_expected(row, name, arguments, rid, now) for now in (before, after))
     if not _between(reply, early, late):
         return f"replied {reply}, not {early} to {late}"
-    rows = [row if each is None else None if isinstance(each, Removed) else each for each in (early_row, late_row)]
+    rows = [row if each is None else each for each in (early_row, late_row)]
     rows = [None if each is not None and _over(each, after) else each for each in rows]
     if not _between(None if stored is not None and _over(stored, after) else stored, *rows):
         return f"replied {reply} and stored {stored}, not {rows[0]} to {rows[1]}"

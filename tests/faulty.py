@@ -6,21 +6,26 @@ from typing import Any, Literal
 from idempotent import Backend, BackendUnavailable
 
 When = Literal["before", "after"]
+Fault = tuple[str, When, BaseException]
 
 
 class Faulty(Backend):
-    """`inner` with faults: `plant("complete", "after", times=2)` applies it twice, and loses the reply each time."""
+    """`inner` with faults: `plant("complete", "after", times=2)` applies it twice, and loses the reply each time.
 
-    def __init__(self, inner: Backend, faults: "list[tuple[str, When]] | None" = None) -> None:
+    The error is BackendUnavailable unless another is given.
+    """
+
+    def __init__(self, inner: Backend, faults: "list[Fault] | None" = None) -> None:
         self.inner = inner
         self.name = inner.name
         self.timeout = inner.timeout
-        self.faults: list[tuple[str, When]] = [] if faults is None else faults
+        self.faults: list[Fault] = [] if faults is None else faults
         self.calls: list[str] = []
         self._views: dict[str, Faulty] = {}
 
-    def plant(self, operation: str, when: When, times: int = 1) -> None:
-        self.faults.extend([(operation, when)] * times)
+    def plant(self, operation: str, when: When, times: int = 1, error: BaseException | None = None) -> None:
+        error = error or BackendUnavailable(f"injected {when} {operation}")
+        self.faults.extend([(operation, when, error)] * times)
 
     def _view(self, colour: str, inner: Backend) -> "Faulty":
         view = self._views.get(colour)
@@ -37,12 +42,12 @@ class Faulty(Backend):
 
     async def _do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(operation)
-        for when in ("before", "after"):
-            if (operation, when) in self.faults:
-                self.faults.remove((operation, when))
-                if when == "after":
+        for fault in self.faults:
+            if fault[0] == operation:
+                self.faults.remove(fault)
+                if fault[1] == "after":
                     await getattr(self.inner, operation)(*args, **kwargs)
-                raise BackendUnavailable(f"injected {when} {operation}")
+                raise fault[2]
         return await getattr(self.inner, operation)(*args, **kwargs)
 
     async def claim(self, *args: Any, **kwargs: Any) -> Any:

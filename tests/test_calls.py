@@ -1,5 +1,6 @@
 """What callers are promised, on every backend and in both colours."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from idempotent import (
     ResultTypeWarning,
     ResultUnavailable,
     SerializationError,
+    _config,
     current_call,
 )
 
@@ -529,3 +531,29 @@ def test_a_waiter_on_the_local_backend_is_woken_and_does_not_poll(colour: Colour
     gate.opened.set()
     assert (first.result(30), second.result(30)) == ("done", "done")
     assert backend.calls == ["claim", "changed", "claim"]
+
+
+def test_tokens_grow_over_releases_whoever_claims_next(
+    shared_backend_url: str, colour: Colour, _fresh: contextlib.ExitStack
+) -> None:
+    tokens: list[int] = []
+
+    def work() -> None:
+        call = current_call()
+        assert call is not None
+        tokens.append(call.token)
+        raise KeyError
+
+    # Backends of their own, so that the calls do not meet before the database.
+    storms = []
+    for _ in range(4):
+        backend = _config._open(shared_backend_url)
+        _fresh.callback(backend.close)
+        function = colour.define(work, backend=backend, namespace="n")
+        storms.append(threading.Thread(target=lambda f=function: [colour.storm(f, 5) for _ in range(8)]))
+    for storm in storms:
+        storm.start()
+    for storm in storms:
+        storm.join()
+    assert len(tokens) == 4 * 5 * 8
+    assert tokens == sorted(set(tokens))

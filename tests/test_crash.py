@@ -24,7 +24,7 @@ from idempotent import (
     StillUnknown,
 )
 
-LEASE = 1.0
+LEASE = 2.0
 
 
 class Worker:
@@ -214,6 +214,22 @@ def test_a_frozen_worker_that_was_overtaken_is_told_and_changes_nothing(
     assert (after.token, after.attempt) == (record.token, record.attempt)
     assert after.token > token
     assert colour.call(work, "o1") == "by the test, o1"
+
+
+def test_a_frozen_worker_whose_successor_failed_is_told_as_well(hire: Hire, effects: Path) -> None:
+    frozen, successor = hire(), hire()
+    token = frozen.enter("o1")
+    frozen.signal(signal.SIGSTOP)
+    assert successor.enter("o1") > token
+    successor.tell("raise")
+    assert successor.hear("error") == "CardDeclinedError"
+    frozen.signal(signal.SIGCONT)
+    frozen.tell("return stale")
+    assert frozen.hear("error") == "LeaseLost"
+    later = successor.enter("o1")
+    assert later > token
+    successor.tell("return fresh")
+    assert json.loads(successor.hear("result")) == "fresh"
 
 
 def test_a_frozen_worker_that_fails_after_it_was_overtaken_changes_nothing(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from idempotent._machine import REMOVED, TOMBSTONE, Ask, Removed, on_claim, on_release, on_renew, on_settle
+from idempotent._machine import NOBODY, TOMBSTONE, Ask, on_claim, on_forget, on_release, on_renew, on_settle
 from idempotent._record import Answer, Busy, Granted, Mismatched, Row, Settled, State, Unknown
 
 A, B, C = b"attemptA", b"attemptB", b"attemptC"
@@ -211,7 +211,7 @@ def test_a_record_is_never_of_negative_age() -> None:
 
 # ------------------------------------------------------------------------------------------- the owner's commands
 
-Stored = Row | Removed | None
+Stored = Row | None
 Command = Callable[[Row | None, bytes, int, int], tuple[Answer, Stored]]
 
 RENEWED_BY = 40_000_000
@@ -239,6 +239,10 @@ def release(row: Row | None, attempt: bytes, token: int, now: int) -> tuple[Answ
 
 def release_unknown(row: Row | None, attempt: bytes, token: int, now: int) -> tuple[Answer, Stored]:
     return on_release(row, attempt, token, now, unknown=True)
+
+
+def tombstone(attempt: bytes, now: int) -> Row:
+    return Row(State.WITHDRAWN, TOKEN, attempt, ARGS, now, expires=now + TOMBSTONE)
 
 
 COMMANDS: list[Command] = [renew, complete, fail, release, release_unknown]
@@ -280,8 +284,8 @@ def test_the_owner_settles_a_running_or_unknown_record_and_its_fingerprint_stays
 
 @pytest.mark.parametrize("found", [RUNNING, KEPT, UNKNOWN], ids=by_state)
 @pytest.mark.parametrize("now", [SOON, LATE])
-def test_the_owner_releases_a_running_or_unknown_record_and_it_is_gone(found: Row, now: int) -> None:
-    assert release(found, A, TOKEN, now) == (Answer.DONE, REMOVED)
+def test_the_owner_releases_a_running_or_unknown_record_and_a_tombstone_stays(found: Row, now: int) -> None:
+    assert release(found, A, TOKEN, now) == (Answer.DONE, tombstone(A, now))
 
 
 @pytest.mark.parametrize("found", [RUNNING, KEPT], ids=by_state)
@@ -339,7 +343,25 @@ def test_a_record_is_its_owners_until_the_last_microsecond_of_its_retention(foun
 @pytest.mark.parametrize("command", COMMANDS, ids=name_of)
 @pytest.mark.parametrize("attempt", [A, B])
 def test_a_tombstone_is_no_record_to_an_owner(command: Command, attempt: bytes) -> None:
+    if attempt == A and command in (release, release_unknown):
+        assert command(WITHDRAWN, attempt, TOKEN, SOON) == (Answer.DONE, None)  # it knows itself
+        attempt = B
     assert command(WITHDRAWN, attempt, TOKEN, SOON) == (Answer.GONE, None)
+    assert command(WITHDRAWN, attempt, TOKEN + 1, SOON) == (Answer.GONE, None)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
+@pytest.mark.parametrize("attempt", [A, B])
+def test_an_owner_learns_from_a_tombstone_that_it_was_overtaken(command: Command, attempt: bytes) -> None:
+    assert command(WITHDRAWN, attempt, TOKEN - 1, SOON) == (Answer.STALE, None)
+    assert command(WITHDRAWN, attempt, TOKEN - 1, SINCE + TOMBSTONE) == (Answer.GONE, None)
+
+
+@pytest.mark.parametrize("found", RECORDS, ids=by_state)
+def test_a_forgotten_record_leaves_a_tombstone_that_is_nobodys(found: Row) -> None:
+    row = on_forget(found, SOON)
+    assert row == tombstone(NOBODY, SOON)
+    assert on_claim(row, ask(A), SOON + 1) == (Granted(SOON + 1), runs(A, SOON + 1, SOON + 1))
 
 
 # ------------------------------------------------------------------------------------------------- withdrawing
@@ -347,7 +369,7 @@ def test_a_tombstone_is_no_record_to_an_owner(command: Command, attempt: bytes) 
 
 @pytest.mark.parametrize("found", [RUNNING, KEPT, UNKNOWN], ids=by_state)
 def test_an_unconfirmed_claim_that_was_applied_is_taken_back_by_its_attempt_alone(found: Row) -> None:
-    assert on_release(found, A, None, SOON) == (Answer.DONE, REMOVED)
+    assert on_release(found, A, None, SOON) == (Answer.DONE, tombstone(A, SOON))
 
 
 def test_an_unconfirmed_claim_that_was_not_applied_leaves_a_tombstone() -> None:
@@ -362,7 +384,7 @@ def test_a_tombstone_in_the_place_of_an_expired_record_remembers_its_token(found
     now = found.expires
     answer, row = on_release(found, B, None, now)
     assert answer is Answer.GONE
-    assert row == Row(State.WITHDRAWN, TOKEN, B, b"", now, expires=now + TOMBSTONE)
+    assert row == tombstone(B, now)
 
 
 @pytest.mark.parametrize("found", [COMPLETED, FAILED], ids=by_state)
@@ -410,13 +432,21 @@ def test_a_token_taken_over_the_operators_way_grows_as_well() -> None:
     assert reply == Granted(LATE + 8, took_over=True)
 
 
-def test_a_token_grows_over_release_and_removal_by_the_clock_alone() -> None:
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_token_grows_over_release_and_forget_also_for_a_claim_that_read_the_clock_before(forgotten: bool) -> None:
     first, row = on_claim(None, ask(A), SINCE)
     assert isinstance(first, Granted)
-    assert on_release(row, A, first.token, SINCE + 1) == (Answer.DONE, REMOVED)
-    second, _ = on_claim(None, ask(B), SINCE + 2)
-    assert isinstance(second, Granted)
-    assert second.token > first.token
+    assert row is not None
+    left = on_forget(row, SINCE + 1) if forgotten else on_release(row, A, first.token, SINCE + 1)[1]
+    for behind in (0, 5):
+        second, _ = on_claim(left, ask(B), SINCE - behind)
+        assert second == Granted(first.token + 1)
+
+
+def test_a_claim_that_was_released_cannot_be_applied_once_more() -> None:
+    _, row = on_claim(None, ask(A), SINCE)
+    _, row = on_release(row, A, SINCE, SINCE + 1)
+    assert on_claim(row, ask(A), SINCE + 2) == (Busy(SINCE, 0.0), None)
 
 
 def test_a_tombstone_does_not_let_the_token_fall_back() -> None:
@@ -483,9 +513,7 @@ def test_the_owner_of_a_lease_may_renew_it_after_the_clock_stepped_back() -> Non
 
 def apply(row: Row | None, stored: Stored) -> Row | None:
     """The row that a backend holds after it was told to store `stored`."""
-    if isinstance(stored, Row):
-        return stored
-    return None if isinstance(stored, Removed) else row
+    return row if stored is None else stored
 
 
 def test_an_owner_that_was_overtaken_changes_nothing_however_late_it_comes() -> None:
@@ -535,7 +563,7 @@ def test_an_owners_command_applied_twice_leaves_what_it_left_the_first_time(
     after = apply(found, stored)
     again, stored_again = command(after, attempt, TOKEN, now)
     assert apply(after, stored_again) == after
-    assert again is (Answer.GONE if isinstance(stored, Removed) else first)
+    assert again is first
 
 
 @pytest.mark.parametrize("found", [None, *RECORDS, WITHDRAWN], ids=by_state)
@@ -627,8 +655,10 @@ class History(RuleBasedStateMachine):
         owns = self.owns(attempt, token)
         answer, stored = command(self.row, attempt, token, self.now)
         if not owns:
-            assert answer in (Answer.STALE, Answer.GONE)
             assert stored is None
+            row = self.row
+            known = row is not None and row.state is State.WITHDRAWN and (row.attempt, row.token) == (attempt, token)
+            assert answer in (Answer.STALE, Answer.GONE) or (known and command in (release, release_unknown))
         self.store(stored)
         _, stored_again = command(self.row, attempt, token, self.now)
         assert apply(self.row, stored_again) == self.row

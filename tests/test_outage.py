@@ -3,6 +3,7 @@
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +12,19 @@ from faulty import Faulty
 from test_calls import Counter, Gate
 
 from idempotent import (
+    Applied,
+    BackendError,
     BackendUnavailable,
     Event,
+    LeaseLost,
     ResultUnavailable,
     UnprotectedWarning,
     configure,
     current_call,
     open_backend,
 )
+from idempotent._drive import drive
+from idempotent._record import RecordId
 
 
 @pytest.fixture(params=COLOURS, ids=repr)
@@ -32,8 +38,17 @@ def effects() -> Counter:
 
 
 @pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
 def faulty(backend_url: str) -> Faulty:
-    return Faulty(open_backend(backend_url))
+    backend = open_backend(backend_url)
+    drive(backend.blocking().read(RecordId("n", "none")))  # connected, and its table made: leases here are short
+    return Faulty(backend)
 
 
 @pytest.fixture
@@ -59,9 +74,7 @@ def test_a_claim_that_is_not_confirmed_runs_nothing(
     assert colour.call(charge) == 1
 
 
-def test_a_claim_whose_reply_is_lost_runs_nothing_and_is_free_after_its_lease(
-    faulty: Faulty, colour: Colour, effects: Counter
-) -> None:
+def test_a_claim_whose_reply_is_lost_runs_nothing(faulty: Faulty, colour: Colour, effects: Counter) -> None:
     charge = colour.define(effects.hit, backend=faulty, lease=0.3)
     faulty.plant("claim", "after")
     with pytest.raises(BackendUnavailable):
@@ -265,3 +278,186 @@ def test_a_probe_of_the_wrong_kind_is_named(colour: Colour) -> None:
         else:
             with pytest.raises(TypeError, match="async"):
                 colour.define(lambda: 1, on_crash=probe)
+
+
+# ------------------------------------------------------------------------------------ outcomes that meet an obstacle
+
+
+def test_an_outcome_that_the_backend_refuses_is_recorded_as_done(
+    faulty: Faulty, colour: Colour, effects: Counter
+) -> None:
+    charge = colour.define(effects.hit, backend=faulty)
+    faulty.plant("complete", "before", error=BackendError("too large"))
+    with pytest.raises(ResultUnavailable) as caught:
+        colour.call(charge)
+    assert caught.value.result == 1
+    with pytest.raises(ResultUnavailable, match="refused"):
+        colour.call(charge)
+    assert effects.count == 1
+
+
+def test_an_error_that_the_backend_refuses_is_recorded_as_done(
+    faulty: Faulty, colour: Colour, effects: Counter
+) -> None:
+    def charge() -> None:
+        effects.hit()
+        raise ValueError("declined")
+
+    charge = colour.define(charge, backend=faulty, error_ttl={ValueError: 60})
+    faulty.plant("fail", "before", error=BackendError("too large"))
+    with pytest.raises(ValueError, match="declined"):
+        colour.call(charge)
+    with pytest.raises(ResultUnavailable, match="refused"):
+        colour.call(charge)
+    assert effects.count == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [RuntimeError("a time limit"), OSError("raw")], ids=repr)
+def test_what_else_is_raised_into_a_completion_costs_nothing_of_it(
+    faulty: Faulty, colour: Colour, effects: Counter, when: Any, error: Exception
+) -> None:
+    charge = colour.define(effects.hit, backend=faulty)
+    faulty.plant("complete", when, error=error)
+    outcome = colour.call(charge.outcome)
+    assert (outcome.value, outcome.stored) == (1, True)
+    assert colour.call(charge) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_what_a_signal_raises_into_a_completion_goes_on_after_the_outcome_is_recorded(
+    faulty: Faulty, effects: Counter, when: Any, error: BaseException
+) -> None:
+    charge = COLOURS[0].define(effects.hit, backend=faulty)
+    faulty.plant("complete", when, error=error)
+    with pytest.raises(type(error)):
+        charge()
+    assert charge() == 1
+    assert effects.count == 1
+
+
+def test_a_release_that_breaks_does_not_mask_the_functions_own_error(faulty: Faulty, colour: Colour) -> None:
+    def charge() -> None:
+        raise KeyError("own")
+
+    charge = colour.define(charge, backend=faulty, lease=0.2)
+    faulty.plant("release", "before", times=10_000, error=RuntimeError("raw"))
+    with pytest.raises(KeyError, match="own"):
+        colour.call(charge)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("lost", [None, "claim", "complete"])
+def test_a_record_that_was_lost_during_the_run_is_made_again(
+    faulty: Faulty, colour: Colour, effects: Counter, late: bool, lost: str | None
+) -> None:
+    def charge() -> int:
+        call = current_call()
+        assert call is not None
+        assert (
+            COLOURS[0].define(lambda: None, backend=faulty.inner, namespace="n").with_key(call.key).forget(force=True)
+        )
+        while late and not call.lease_lost:
+            time.sleep(0.01)
+        if lost is not None:
+            faulty.plant(lost, "after")
+        return effects.hit()
+
+    charge = colour.define(charge, backend=faulty, namespace="n", lease=0.6)
+    outcome = colour.call(charge.outcome)
+    assert (outcome.value, outcome.stored) == (1, True)
+    again = colour.call(charge.outcome)
+    assert (again.value, again.replayed, again.token) == (1, True, outcome.token)
+    assert effects.count == 1
+
+
+def test_a_run_whose_key_was_forgotten_and_claimed_again_is_told(
+    faulty: Faulty, colour: Colour, effects: Counter, gate: Gate
+) -> None:
+    def charge() -> int:
+        if effects.hit() == 1:
+            gate.pass_through()
+        return effects.count
+
+    charge = colour.define(charge, backend=faulty)
+    first = colour.start(charge)
+    assert gate.entered.wait(30)
+    assert colour.call(charge.forget, force=True)
+    assert colour.call(charge) == 2  # beside the one that runs, in the same process too
+    gate.opened.set()
+    with pytest.raises(LeaseLost):
+        first.result(30)
+    assert colour.call(charge) == 2
+
+
+# ---------------------------------------------------------------------------------------- claims without an answer
+
+
+@pytest.mark.parametrize("on_crash", ["rerun", "raise"])
+def test_a_claim_without_an_answer_is_taken_back(
+    faulty: Faulty, colour: Colour, effects: Counter, on_crash: Any
+) -> None:
+    charge = colour.define(effects.hit, backend=faulty, on_crash=on_crash, wait=0)
+    faulty.plant("claim", "after")
+    with pytest.raises(BackendUnavailable):
+        colour.call(charge)
+    assert effects.count == 0
+    assert colour.call(charge) == 1
+
+
+def test_a_probes_finding_is_not_answered_by_a_run_without_protection(
+    faulty: Faulty, colour: Colour, effects: Counter
+) -> None:
+    asked = []
+
+    def probe(call: object) -> Applied:
+        if not asked:
+            asked.append(1)
+            faulty.plant("claim", "before")
+        return Applied(7)
+
+    charge = colour.define(effects.hit, backend=faulty, namespace="n", key="k", on_outage="run", on_crash=probe)
+    rid, backend, attempt = RecordId("n", "k"), faulty.inner.blocking(), b"deadbeef"
+    options: Any = {"attempt": attempt, "fingerprint": b"", "lease": 30.0, "keep": None, "takeover": False}
+    token = drive(backend.claim(rid, **options)).token
+    drive(backend.release(rid, attempt=attempt, token=token, unknown=True))
+    with pytest.raises(BackendUnavailable):
+        colour.call(charge)
+    assert effects.count == 0
+    assert colour.call(charge) == 7
+    assert effects.count == 0
+
+
+def test_a_run_that_the_backend_spoke_of_is_never_followed_by_one_without_protection(
+    faulty: Faulty, colour: Colour, effects: Counter, gate: Gate
+) -> None:
+    def charge() -> int:
+        gate.pass_through()
+        effects.hit()
+        raise KeyError("own")
+
+    inner = colour.define(charge, backend=faulty.inner, namespace="n")
+    outer = colour.define(charge, backend=faulty, namespace="n", on_outage="run")
+    first = colour.start(inner)
+    assert gate.entered.wait(30)
+    second = colour.start(outer)
+    while "changed" not in faulty.calls:
+        time.sleep(0.01)
+    faulty.plant("claim", "before", times=10_000)
+    gate.opened.set()
+    with pytest.raises(KeyError):
+        first.result(30)
+    with pytest.raises(BackendUnavailable):
+        second.result(30)
+    assert effects.count == 1
+
+
+def test_all_who_follow_a_call_into_an_outage_are_told_with_it(
+    faulty: Faulty, colour: Colour, effects: Counter
+) -> None:
+    charge = colour.define(effects.hit, backend=faulty)
+    faulty.plant("claim", "before", times=10_000)
+    answers = colour.storm(charge, 20)
+    assert [type(answer) for answer in answers] == [BackendUnavailable] * 20
+    assert effects.count == 0

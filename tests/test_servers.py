@@ -400,8 +400,13 @@ def test_proxy_stalls_refuses_and_drops(echo: tuple[str, int]) -> None:
 
 
 def test_proxy_resets_its_client_when_the_server_is_away() -> None:
-    with Proxy("127.0.0.1", servers._free_port()) as proxy, client(proxy) as end:
-        assert read(end) == (b"", "reset")
+    with Proxy("127.0.0.1", servers._free_port()) as proxy:
+        try:
+            end = client(proxy)
+        except ConnectionResetError:  # so soon that connecting itself hears of it
+            return
+        with end:
+            assert read(end) == (b"", "reset")
 
 
 def test_proxy_in_front_of_a_real_server(redis_server: Server) -> None:

@@ -60,21 +60,18 @@ class _Store:
         row = self.open.get(key)
         return self.settled.get(key) if row is None else row
 
-    def put(self, key: str, row: Row | machine.Removed | None) -> None:
+    def put(self, key: str, row: Row | None) -> None:
         if row is None:
             return
-        if isinstance(row, Row) and row.state not in _SETTLED:
-            self.settled.pop(key, None)
-            self.open[key] = row
-            if len(self.open) > self.sweep_at:  # calls that were thrown away leave theirs
-                self.sweep(len(self.open))
-                self.sweep_at = max(1024, 2 * len(self.open))
-            return
-        self.open.pop(key, None)
-        if isinstance(row, Row):
+        if row.state in _SETTLED:
+            self.open.pop(key, None)
             self.settled[key] = row
-        else:
-            self.settled.pop(key, None)
+            return
+        self.settled.pop(key, None)
+        self.open[key] = row
+        if len(self.open) > self.sweep_at:  # of tombstones, and of calls that were thrown away
+            self.sweep(len(self.open))
+            self.sweep_at = max(1024, 2 * len(self.open))
 
     def sweep(self, limit: int) -> int:
         """Drop up to `limit` open rows past their retention; how many there were."""
@@ -189,9 +186,7 @@ class LocalBackend(Backend):
         store = self._store
         with store.lock:
             answer, row = machine.on_release(store.find(rid.text), attempt, token, store.clock(), unknown=unknown)
-            # No command is ever in flight here, so a withdrawn claim needs no tombstone.
-            if not (isinstance(row, Row) and row.state is State.WITHDRAWN):
-                store.put(rid.text, row)
+            store.put(rid.text, row)
         store.signals.notify(rid.text)
         return answer
 
@@ -205,9 +200,10 @@ class LocalBackend(Backend):
         store = self._store
         with store.lock:
             row = store.find(rid.text)
-            found = None if row is None else describe(rid, row, store.clock())
-            if found is not None and (force or found.state != "running"):
-                store.put(rid.text, machine.REMOVED)
+            now = store.clock()
+            found = None if row is None else describe(rid, row, now)
+            if row is not None and found is not None and (force or found.state != "running"):
+                store.put(rid.text, machine.on_forget(row, now))
         store.signals.notify(rid.text)
         return found
 

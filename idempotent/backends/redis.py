@@ -243,7 +243,7 @@ class RedisBackend(Backend):
         return _record(rid, await self._run(_READ, rid, (), self.timeout))
 
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
-        return _record(rid, await self._run(_FORGET, rid, (b"1" if force else b"0",), self.timeout))
+        return _record(rid, await self._run(_FORGET, rid, (b"1" if force else b"0", TOMBSTONE), self.timeout))
 
     async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
         async def runs() -> bool:

@@ -73,7 +73,9 @@ def records_table(metadata: sa.MetaData, name: str = "idempotent_records", schem
     """
     for identifier in (name, schema):
         if identifier is not None and not _IDENTIFIER.fullmatch(identifier):
-            raise ValueError(f"{identifier!r} must be 1 to 48 ASCII letters, digits and underscores, no digit first")
+            raise ValueError(
+                f"the table's name or schema {identifier!r} must be 1 to 48 ASCII letters, digits and underscores, no digit first"
+            )
     ascii_digest = mysql.CHAR(48, charset="ascii", collation="ascii_bin")
     short_bytes = sa.LargeBinary(16).with_variant(mysql.VARBINARY(16), "mysql", "mariadb")
     return sa.Table(
@@ -247,6 +249,7 @@ class SQLBackend(Backend):
             return machine.on_settle(row, attempt, token, settled, now)
 
         def work(connection: Connection) -> Answer:
+            make.check_size(connection, body)
             if make.settle(connection, rid, state, attempt, token, codec, body, micros(ttl)):
                 return Answer.DONE
             return self._decide(connection, rid, decide)
@@ -269,7 +272,7 @@ class SQLBackend(Backend):
         self,
         connection: Connection,
         rid: RecordId,
-        decide: "Callable[[Row | None, int], tuple[Answer, Row | machine.Removed | None]]",
+        decide: Callable[[Row | None, int], tuple[Answer, Row | None]],
     ) -> Answer:
         """Read, decide, compare and set, until nobody came between."""
         while True:
@@ -291,7 +294,7 @@ class SQLBackend(Backend):
                 found = None if row is None else describe(rid, row, now)
                 if found is None or (found.state == "running" and not force):
                     return found
-                if make.swap(connection, rid, row, machine.REMOVED):
+                if row is None or make.swap(connection, rid, row, machine.on_forget(row, now)):
                     return found
 
         return await self._run(work, self.timeout)
@@ -348,7 +351,7 @@ class SQLBackend(Backend):
                     if deadline - time.monotonic() <= pause:
                         raise BackendUnavailable(
                             f"the database did not confirm within {budget:g} s: {_words(error)}"
-                        ) from error
+                        ) from _cause(error)
             if problem is not None:
                 await self._make_table(deadline)
                 continue
@@ -358,7 +361,7 @@ class SQLBackend(Backend):
     async def _make_table(self, deadline: float) -> None:
         try:
             await self._link.run(lambda connection: self.metadata.create_all(connection, checkfirst=True), deadline)
-        except exc.DBAPIError:
+        except (TimeoutError, exc.SQLAlchemyError, OSError):
             # Others make it at the same moment, and only one of us succeeds. Whether it is there now, the next try tells.
             await self._link.sleep(0.01)
 
@@ -422,7 +425,17 @@ class _Statements:
                 body=self._binary("b_body"),
             )
         )
-        self._release = table.delete().where(owned, c.state.in_(("R", "U")))
+        self._release = (
+            table.update()
+            .where(owned, c.state.in_(("R", "U")))
+            .values(
+                state=State.WITHDRAWN.value,
+                since=now,
+                lease=0,
+                lease_until=0,
+                expires=now + machine.TOMBSTONE,
+            )
+        )
         unchanged = sa.and_(
             here,
             c.state == sa.bindparam("b_state"),
@@ -437,7 +450,6 @@ class _Statements:
             for column in columns
         }
         self._swap = table.update().where(unchanged).values(values)
-        self._remove = table.delete().where(unchanged)
         named: dict[str, Any] = {name: sa.bindparam(name) for name in ("id", "space", "namespace", "key")}
         self._insert = table.insert().values({**named, **values})
         self._runs = sa.select(sa.literal(1)).where(here, c.state == "R", c.token == sa.bindparam("b_token"))
@@ -484,6 +496,13 @@ class _Statements:
     def _bytes(self, value: bytes) -> bytes | str:
         return value.hex() if self._hex else value
 
+    def check_size(self, connection: Connection, body: bytes) -> None:
+        """Refuse what MySQL and MariaDB would close the connection for. Raises BackendError."""
+        if self._hex and len(body) > 250_000:
+            limit = connection.execute(sa.text("SELECT @@max_allowed_packet")).scalar_one()
+            if 2 * len(body) + 4096 > limit:
+                raise BackendError(f"an outcome of {len(body):,} bytes does not fit into max_allowed_packet={limit:,}")
+
     def _clocked(self, values: dict[str, Any]) -> dict[str, Any]:
         if self._dialect == "sqlite":
             values["now"] = time.time_ns() // 1000
@@ -515,6 +534,7 @@ class _Statements:
                 return None, row, now
             reply, granted = machine.on_claim(None, ask, now)
             assert isinstance(reply, Granted)
+            assert granted is not None
             if self.swap(connection, rid, None, granted):
                 return reply.token, None, now
 
@@ -523,19 +543,16 @@ class _Statements:
         now, *found = connection.execute(self._read, self._clocked({"b_id": rid.digest})).one()
         return (None if found[0] is None else _row(found)), int(now)
 
-    def swap(
-        self, connection: Connection, rid: RecordId, row: Row | None, changed: Row | machine.Removed | None
-    ) -> bool:
+    def swap(self, connection: Connection, rid: RecordId, row: Row | None, changed: Row) -> bool:
         """Put `changed` where `row` is, if it still is; whether it was."""
-        values: dict[str, Any] = {"b_id": rid.digest}
-        if isinstance(changed, Row):
-            values |= {
-                **changed._asdict(),
-                "state": changed.state.value,
-                "attempt": self._bytes(changed.attempt),
-                "fingerprint": self._bytes(changed.fingerprint),
-                "body": self._bytes(changed.body),
-            }
+        values: dict[str, Any] = {
+            "b_id": rid.digest,
+            **changed._asdict(),
+            "state": changed.state.value,
+            "attempt": self._bytes(changed.attempt),
+            "fingerprint": self._bytes(changed.fingerprint),
+            "body": self._bytes(changed.body),
+        }
         if row is None:
             del values["b_id"]
             values |= {"id": rid.digest, "space": rid.space, "namespace": rid.namespace, "key": rid.key}
@@ -550,8 +567,7 @@ class _Statements:
             "b_attempt": self._bytes(row.attempt),
             "b_until": row.lease_until,
         }
-        statement = self._swap if isinstance(changed, Row) else self._remove
-        return connection.execute(statement, values).rowcount == 1
+        return connection.execute(self._swap, values).rowcount == 1
 
     def renew(self, connection: Connection, rid: RecordId, attempt: bytes, token: int, lease: int) -> bool:
         """Renew a running record that is this attempt's; whether it was."""
@@ -586,7 +602,7 @@ class _Statements:
         return connection.execute(self._settle, values).rowcount == 1
 
     def release(self, connection: Connection, rid: RecordId, attempt: bytes, token: int) -> bool:
-        """Remove an unsettled record that is this attempt's; whether it was."""
+        """Withdraw an unsettled record that is this attempt's; whether it was."""
         values = self._clocked({"b_id": rid.digest, "b_attempt": self._bytes(attempt), "b_token": token})
         return connection.execute(self._release, values).rowcount == 1
 
@@ -629,6 +645,7 @@ _DOWN_MYSQL = {2003, 2002, 2005}
 
 
 def _cause(error: Exception) -> Any:
+    """The driver's own error: SQLAlchemy's shows the values of a statement."""
     return getattr(error, "orig", None) or error
 
 
@@ -653,10 +670,10 @@ def _raise_unless_transient(error: Exception) -> None:
     words, code = _words(error), _code(error)
     if _is_missing(error):
         raise BackendError(
-            f"the table of records is missing, and create=False or no permission kept it from being made: {words}"
-        ) from error
+            f"the table of records is missing, and could not be made (create=False, no permission, no time): {words}"
+        ) from _cause(error)
     if isinstance(error, exc.TimeoutError):
-        raise BackendUnavailable(f"no connection became free in time: {words}") from error
+        raise BackendUnavailable(f"no connection became free in time: {words}") from _cause(error)
     if code in _BUSY or code in _BUSY_MYSQL or any(word in words for word in _BUSY_WORDS):
         return
     if (
@@ -664,15 +681,16 @@ def _raise_unless_transient(error: Exception) -> None:
         or any(word in words for word in _DOWN_WORDS)
         or isinstance(_cause(error), ConnectionRefusedError)
     ):
-        raise BackendUnavailable(f"the database cannot be reached: {words}") from error
+        raise BackendUnavailable(f"the database cannot be reached: {words}") from _cause(error)
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return
     if isinstance(error, (OSError, asyncio.TimeoutError)):
         return
     outage = (exc.OperationalError, exc.InternalError, exc.InterfaceError)
-    if isinstance(error, outage) or code == "42501":
-        raise BackendUnavailable(f"the database does not serve this: {words}") from error
-    raise BackendError(f"the database answered: {words}") from error
+    limits = isinstance(code, str) and code.startswith("54")  # PostgreSQL's own
+    if (isinstance(error, outage) and not limits) or code == "42501":
+        raise BackendUnavailable(f"the database does not serve this: {words}") from _cause(error)
+    raise BackendError(f"the database answered: {words}") from _cause(error)
 
 
 # ------------------------------------------------------------------------------------------------------ connections
@@ -727,6 +745,7 @@ def _options(url: URL, timeout: float) -> dict[str, Any]:
     driver = url.get_driver_name()
     options: dict[str, Any] = {
         "isolation_level": "AUTOCOMMIT",
+        "hide_parameters": True,
         "pool_size": _CONNECTIONS,
         "max_overflow": 0,
         "pool_timeout": timeout,

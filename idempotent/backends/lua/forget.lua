@@ -1,4 +1,4 @@
--- Remove the record. ARGV: force ('1', '0'). Replies as read.lua, with the record that was found.
+-- on_forget. ARGV: force ('1', '0'), tombstone. Replies as read.lua, with the record that was found.
 
 local key = KEYS[1]
 local raw = redis.call('GET', key)
@@ -8,7 +8,7 @@ if foreign then return foreign end
 local now = clock()
 local left = redis.call('PTTL', key)
 if not gone(row, now) and (row.state ~= 'R' or ARGV[1] == '1') then
-  redis.call('DEL', key)
+  store(key, now, 'W', row.token, now, string.rep('\0', 8), row.fingerprint, 0, 0, now + tonumber(ARGV[2]))
   wake(key)
 end
 return {raw, now, left}

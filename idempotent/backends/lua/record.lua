@@ -87,3 +87,9 @@ local function wake(key)
 end
 
 local DONE, STALE, GONE = 1, 2, 3
+
+-- The answer to the owner of `token` where there is no record: a tombstone may tell that it was overtaken.
+local function without(row, now, token)
+  if row and token and row.token > token and not expired(row, now) then return STALE end
+  return GONE
+end

@@ -9,17 +9,22 @@ if raw then
   if foreign then return foreign end
 end
 local now = clock()
+local tombstone = now + tonumber(ARGV[4])
 if gone(row, now) then
-  if not token then
-    local previous = 0
-    if row then previous = row.token end
-    store(key, now, 'W', previous, now, attempt, '', 0, 0, now + tonumber(ARGV[4]))
+  if row and row.state == 'W' and not expired(row, now) and row.attempt == attempt then
+    if token == row.token then return DONE end
+    return without(row, now, token)
   end
-  return GONE
+  if not token then
+    local previous, fingerprint = 0, ''
+    if row then previous, fingerprint = row.token, row.fingerprint end
+    store(key, now, 'W', previous, now, attempt, fingerprint, 0, 0, tombstone)
+  end
+  return without(row, now, token)
 end
 if row.attempt ~= attempt or (token and token ~= row.token) or row.state == 'C' or row.state == 'F' then return STALE end
 if ARGV[3] == '0' then
-  redis.call('DEL', key)
+  store(key, now, 'W', row.token, now, attempt, row.fingerprint, 0, 0, tombstone)
 elseif row.state == 'R' then
   store(key, now, 'U', row.token, now, row.attempt, row.fingerprint, 0, 0, 0)
 end
