@@ -176,6 +176,7 @@ class Run:
         "claiming",
         "fingerprint",
         "flight",
+        "forks",
         "lost",
         "plan",
         "rid",
@@ -208,6 +209,12 @@ class Run:
         """The driver's own mark while it beats for this run."""
         self.flight: Flight | None = None
         self.waited = False
+        self.forks = _forks
+
+    @property
+    def inherited(self) -> bool:
+        """This process was forked inside the call, which is its parent's."""
+        return self.forks != _forks
 
     def report(
         self,
@@ -270,7 +277,7 @@ class Call:
         run = self._run
         if not run.lost and run.token is not None and self._driver.now() >= run.valid_until:
             run.lost = True
-        return run.lost
+        return run.lost or run.inherited
 
     def check(self) -> None:
         """Raise LeaseLost if `lease_lost`: call it before an effect that must not happen twice."""
@@ -434,6 +441,8 @@ class Flights:
         self._by_key: dict[str, Flight] = {}
 
 
+_forks = 0
+"""How often this process's line has been forked: a run belongs to the process that began it."""
 _all_flights: weakref.WeakSet[Flights] = weakref.WeakSet()
 _of_backend_lock = threading.Lock()
 _of_backend: weakref.WeakKeyDictionary[Backend, Flights] = weakref.WeakKeyDictionary()
@@ -449,7 +458,8 @@ def flights_of(backend: Backend) -> Flights:
 
 
 def _after_fork() -> None:
-    global _of_backend_lock
+    global _forks, _of_backend_lock
+    _forks += 1
     _of_backend_lock = threading.Lock()
     for flights in list(_all_flights):
         flights.reset()
@@ -587,6 +597,9 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
         if isinstance(reply, Granted):
             run.token = reply.token
             run.valid_until = sent + plan.lease * (1 - _MARGIN)
+            if driver.now() >= run.valid_until and not await _still_ours(driver, run):
+                run.token, run.attempt = None, os.urandom(ATTEMPT_BYTES)
+                continue
             run.claiming = False
             run.report("taken_over" if reply.took_over else "claimed")
             return None
@@ -618,6 +631,14 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
         except BackendError as error:  # the next claim tells whether the backend is out
             run.report("backend_error", error=error)
             await driver.sleep(min(patience, 0.05))
+
+
+async def _still_ours(driver: Driver, run: Run) -> bool:
+    """Whether a claim whose reply came after its lease is held nevertheless; the lease then begins anew."""
+    plan, sent = run.plan, driver.now()
+    answer = await plan.backend.renew(run.rid, attempt=run.attempt, token=run.token or 0, lease=plan.lease)
+    run.valid_until = sent + plan.lease * (1 - _MARGIN)
+    return answer is Answer.DONE and driver.now() < run.valid_until
 
 
 def _go_unprotected(run: Run, error: BackendUnavailable) -> None:
@@ -686,6 +707,8 @@ async def settle(driver: Driver, run: Run, value: Any) -> Replay:
         ResultUnavailable: the value cannot be encoded; the record says that it was done.
     """
     plan = run.plan
+    if run.inherited:
+        raise LeaseLost(run.rid.digest, token=run.token or 0)
     try:
         codec, body, result = _encode(run, value)
         settled, stored = Settled(False, 0, 0.0, codec, body), False
@@ -703,21 +726,25 @@ async def settle(driver: Driver, run: Run, value: Any) -> Replay:
 async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tuple[Settled, bool]:
     """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over."""
     backend, rid, attempt = run.plan.backend, run.rid, run.attempt
+    plan = run.plan
     command = backend.fail if settled.failed else backend.complete
-    outgoing = settled
+    refused = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
     gone = False
+    sent = settled
 
-    def send() -> Awaitable[Answer]:
-        return command(rid, attempt=attempt, token=run.token or 0, codec=outgoing.codec, body=outgoing.body, ttl=ttl)
+    async def send(what: Settled) -> Answer:
+        nonlocal sent
+        answer = await command(rid, attempt=attempt, token=run.token or 0, codec=what.codec, body=what.body, ttl=ttl)
+        sent = what
+        return answer
 
-    async def step() -> Answer:
+    async def step(what: Settled) -> Answer:
         nonlocal gone
-        answer = Answer.GONE if gone else await send()
+        answer = Answer.GONE if gone else await send(what)
         if answer is not Answer.GONE:
             return answer
         # Forgotten by force, or lost by the backend: a new claim tells whether anybody runs it by now.
         gone = True
-        plan = run.plan
         reply = await backend.claim(
             rid,
             attempt=attempt,
@@ -730,19 +757,17 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
             return Answer.STALE
         run.token = reply.token
         gone = False
-        return await send()
+        return await send(what)
 
-    def give_up_body() -> None:
-        nonlocal outgoing
-        outgoing = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
-
-    stored = await _confirm(driver, run, step, give_up_body)
-    return (outgoing if stored else settled)._replace(token=run.token or 0), stored
+    stored = await _confirm(driver, run, lambda: step(settled), lambda: step(refused))
+    return (sent if stored else settled)._replace(token=run.token or 0), stored
 
 
 async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
     """End a call that raised: record the error, release the key, or mark it unknown; never mask `error`."""
     plan = run.plan
+    if run.inherited:
+        return
     try:
         if run.token is None:
             await _withdraw(driver, run, error)
@@ -802,33 +827,44 @@ async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) 
 
 
 async def _confirm(
-    driver: Driver, run: Run, step: Callable[[], Awaitable[Answer]], refused: Callable[[], None] | None = None
+    driver: Driver,
+    run: Run,
+    step: Callable[[], Awaitable[Answer]],
+    fallback: Callable[[], Awaitable[Answer]] | None = None,
 ) -> bool:
     """Send the last step of a run until the backend answers or the lease ends; whether it was applied.
 
-    Calls `refused` when the backend refuses the step instead of being out. Raises LeaseLost only when another attempt
-    holds the record.
+    Where the backend refuses the step, or has not taken it for most of the lease, `fallback` is tried after it. Raises
+    LeaseLost only when another attempt holds the record.
     """
     await driver.still(run)
+    plan = run.plan
+    # A lease that is over already may have been taken over: an answer is worth the time of one command.
+    until = max(run.valid_until, driver.now() + min(plan.lease, plan.backend.timeout))
+    steps = [step]
     pause = 0.01
     while True:
-        try:
-            answer = await step()
-        except Exception as error:  # of a backend that breaks its contract, too: the function has run
-            run.report("backend_error", error=error)
-            left = run.valid_until - driver.now()
-            if left <= 0:
-                return False
-            if refused is not None and isinstance(error, BackendError) and not isinstance(error, BackendUnavailable):
-                refused()
-            await driver.sleep(min(left, pause * (0.5 + random() / 2)))
-            pause = min(pause * 2, 1.0)
-            continue
-        if answer is not Answer.STALE:
-            return answer is Answer.DONE
-        run.lost = True
-        run.report("lease_lost")
-        raise LeaseLost(run.rid.digest, token=run.token or 0)
+        for each in steps:
+            try:
+                answer = await each()
+            except Exception as error:  # of a backend that breaks its contract, too: the function has run
+                run.report("backend_error", error=error)
+                refused = isinstance(error, BackendError) and not isinstance(error, BackendUnavailable)
+            else:
+                if answer is not Answer.STALE:
+                    return answer is Answer.DONE
+                run.lost = True
+                run.report("lease_lost")
+                raise LeaseLost(run.rid.digest, token=run.token or 0)
+        left = until - driver.now()
+        if left <= 0:
+            return False
+        if fallback is not None and (refused or left <= plan.lease / 3):
+            steps = [step, fallback]
+        elif left > plan.lease / 3:
+            left -= plan.lease / 3
+        await driver.sleep(min(left, pause * (0.5 + random() / 2)))
+        pause = min(pause * 2, 1.0)
 
 
 async def renew(driver: Driver, run: Run) -> float | None:

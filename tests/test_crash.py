@@ -1,12 +1,15 @@
 """Workers killed, frozen, interrupted and forked; storms from many processes. Every store that processes can share."""
 
+import asyncio
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +20,15 @@ from colours import COLOURS, Colour
 
 from idempotent import (
     Applied,
+    BackendError,
     CallError,
     InProgress,
+    LeaseLost,
     NotApplied,
     OutcomeUnknown,
     StillUnknown,
+    _config,
+    current_call,
 )
 
 LEASE = 2.0
@@ -97,7 +104,6 @@ def hire(shared_backend_url: str, colour: Colour, effects: Path) -> Iterator[Hir
 
 def define(colour: Colour, url: str, effects: Path, **options: Any) -> Any:
     """The worker's function, in this process."""
-    from idempotent import current_call
 
     def work(order: str) -> str:
         call = current_call()
@@ -348,3 +354,124 @@ def test_a_child_forked_inside_a_call_does_not_end_it(shared_backend_url: str, e
     work = colour.define(work, backend=shared_backend_url, lease=LEASE)
     assert work("o1") == "o1"
     assert work.outcome("o1").replayed
+
+
+@pytest.mark.parametrize("leaves", ["by return", "by exit", "by error"])
+def test_a_child_forked_inside_a_call_holds_nothing_of_it(
+    shared_backend_url: str, effects: Path, leaves: str, _fresh: contextlib.ExitStack
+) -> None:
+    def work(order: str) -> str:
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            call = current_call()
+            assert call is not None
+            assert call.lease_lost
+            if leaves == "by exit":
+                sys.exit(0)
+            if leaves == "by error":
+                raise KeyError(order)
+            return "by the child"
+        os.waitpid(child, 0)
+        assert os.getpid() == parent
+        with effects.open("a") as file:
+            file.write(f"{order} 1\n")
+        with pytest.raises(InProgress):
+            impatient(order)
+        return "by the parent"
+
+    safe = COLOURS[0].define(work, backend=shared_backend_url, namespace="n", lease=30)
+    second = _config._open(shared_backend_url)
+    _fresh.callback(second.close)
+    impatient = COLOURS[0].define(lambda order: "beside", backend=second, namespace="n", wait=0)
+    parent = os.getpid()
+    try:
+        answer = safe("o1")
+    except BaseException as error:
+        if os.getpid() != parent:
+            os._exit(0 if isinstance(error, (LeaseLost, KeyError, SystemExit)) else 1)
+        raise
+    if os.getpid() != parent:
+        os._exit(1)
+    assert answer == "by the parent"
+    assert safe("o1") == "by the parent"
+    assert len(happened(effects)) == 1
+
+
+def test_what_a_forked_child_records_is_there_after_its_parent_is_gone(shared_backend_url: str, effects: Path) -> None:
+    program = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from idempotent import idempotent, open_backend
+url, effects = sys.argv[2:4]
+@idempotent(backend=url, namespace="n", key="{order}")
+def work(order):
+    with open(effects, "a") as file:
+        file.write(f"{order} 1\\n")
+    return order
+work("before")
+ours, theirs = os.pipe()
+if os.fork() == 0:
+    os.close(theirs)
+    work("first")
+    os.read(ours, 1)  # until the parent is gone
+    work("second")
+    work("third")
+    print("done", flush=True)
+    os._exit(0)
+time.sleep(0.3)
+open_backend(url).close()
+"""
+    arguments = [str(Path(__file__).parent.parent), shared_backend_url, str(effects)]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+    work = COLOURS[0].define(lambda order: "again", backend=shared_backend_url, namespace="n", key="{order}")
+    assert [work(order) for order in ("before", "first", "second", "third")] == ["before", "first", "second", "third"]
+    assert len(happened(effects)) == 4
+
+
+def test_children_forked_while_others_call_are_served(shared_backend_url: str, effects: Path) -> None:
+    work = define(COLOURS[0], shared_backend_url, effects)
+    stop = threading.Event()
+
+    def call() -> None:
+        number = 0
+        while not stop.is_set():
+            work(f"{threading.get_ident()} {number}".replace(" ", "-"))
+            number += 1
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    context = multiprocessing.get_context("fork")
+    try:
+        for _ in range(5):
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_in_child, args=(COLOURS[0], work, theirs))
+            child.start()
+            assert ours.poll(30)
+            assert ours.recv() == ["by the test, o1", "by the test, o2"]
+            child.join(30)
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_child_of_a_running_loop_is_refused_the_sqlite_file(tmp_path: Path) -> None:
+    function = COLOURS[1].define(lambda: 1, backend=f"sqlite:///{tmp_path}/x.db")
+
+    async def main() -> int:
+        assert await function() == 1
+        child = os.fork()
+        if child == 0:
+            try:
+                COLOURS[0].define(lambda: 2, backend=f"sqlite:///{tmp_path}/x.db")()
+            except BackendError as error:
+                os._exit(7 if "spawn" in str(error) else 1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert asyncio.run(main()) == 7
+    assert COLOURS[1].call(function) == 1  # the parent goes on

@@ -3,7 +3,7 @@
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from test_calls import Counter, Gate
 
 from idempotent import (
     Applied,
+    Backend,
     BackendError,
     BackendUnavailable,
     Event,
@@ -23,6 +24,7 @@ from idempotent import (
     current_call,
     open_backend,
 )
+from idempotent import _flow as flow
 from idempotent._drive import drive
 from idempotent._record import RecordId
 
@@ -283,11 +285,27 @@ def test_a_probe_of_the_wrong_kind_is_named(colour: Colour) -> None:
 # ------------------------------------------------------------------------------------ outcomes that meet an obstacle
 
 
-def test_an_outcome_that_the_backend_refuses_is_recorded_as_done(
-    faulty: Faulty, colour: Colour, effects: Counter
+class Cramped(Faulty):
+    """A backend that takes no outcome but the words that it refused one."""
+
+    def __init__(self, inner: Backend, error: type[BackendError]) -> None:
+        super().__init__(inner)
+        self.error = error
+
+    def _view(self, colour: str, inner: Backend) -> Faulty:
+        return Cramped(inner, self.error)
+
+    async def _do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        if operation in ("complete", "fail") and kwargs["codec"] != flow.UNAVAILABLE:
+            raise self.error("too large")
+        return await super()._do(operation, *args, **kwargs)
+
+
+@pytest.mark.parametrize("error", [BackendError, BackendUnavailable])  # a refusal; a server that is out of memory
+def test_an_outcome_that_the_backend_does_not_take_is_recorded_as_done(
+    faulty: Faulty, colour: Colour, effects: Counter, error: type[BackendError]
 ) -> None:
-    charge = colour.define(effects.hit, backend=faulty)
-    faulty.plant("complete", "before", error=BackendError("too large"))
+    charge = colour.define(effects.hit, backend=Cramped(faulty.inner, error), lease=1.5)
     with pytest.raises(ResultUnavailable) as caught:
         colour.call(charge)
     assert caught.value.result == 1
@@ -296,15 +314,14 @@ def test_an_outcome_that_the_backend_refuses_is_recorded_as_done(
     assert effects.count == 1
 
 
-def test_an_error_that_the_backend_refuses_is_recorded_as_done(
+def test_an_error_that_the_backend_does_not_take_is_recorded_as_done(
     faulty: Faulty, colour: Colour, effects: Counter
 ) -> None:
     def charge() -> None:
         effects.hit()
         raise ValueError("declined")
 
-    charge = colour.define(charge, backend=faulty, error_ttl={ValueError: 60})
-    faulty.plant("fail", "before", error=BackendError("too large"))
+    charge = colour.define(charge, backend=Cramped(faulty.inner, BackendError), error_ttl={ValueError: 60})
     with pytest.raises(ValueError, match="declined"):
         colour.call(charge)
     with pytest.raises(ResultUnavailable, match="refused"):
@@ -461,3 +478,69 @@ def test_all_who_follow_a_call_into_an_outage_are_told_with_it(
     answers = colour.storm(charge, 20)
     assert [type(answer) for answer in answers] == [BackendUnavailable] * 20
     assert effects.count == 0
+
+
+# --------------------------------------------------------------------------------------------- answers that come late
+
+
+class Late(Faulty):
+    """A backend whose first claim is answered when its lease is over."""
+
+    def __init__(self, inner: Backend, meanwhile: Callable[[], None]) -> None:
+        super().__init__(inner)
+        self.meanwhile: Callable[[], None] | None = meanwhile
+
+    def blocking(self) -> Backend:
+        self.inner = self.inner.blocking()
+        return self
+
+    async def claim(self, *args: Any, **kwargs: Any) -> Any:
+        reply = await super().claim(*args, **kwargs)
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            time.sleep(kwargs["lease"])
+            meanwhile()
+        return reply
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_a_claim_that_is_granted_after_its_lease_runs_only_if_nobody_took_over(
+    backend_url: str, effects: Counter, overtaken: bool
+) -> None:
+    inner = open_backend(backend_url)
+    other = COLOURS[0].define(effects.hit, backend=inner, namespace="n", key="k")
+
+    def charge() -> int:
+        call = current_call()
+        assert call is not None
+        call.check()
+        return 10 * effects.hit()
+
+    charge = COLOURS[0].define(
+        charge, backend=Late(inner, other if overtaken else lambda: None), namespace="n", key="k", lease=0.5
+    )
+    assert charge() == (1 if overtaken else 10)
+    assert effects.count == 1
+
+
+def test_a_run_that_outlived_its_lease_asks_through_a_short_outage_before_it_answers(
+    faulty: Faulty, effects: Counter
+) -> None:
+    other = COLOURS[0].define(effects.hit, backend=faulty.inner, namespace="n", key="k")
+
+    def charge() -> int:
+        call = current_call()
+        assert call is not None
+        faulty.plant("renew", "before", times=10_000)
+        while not call.lease_lost:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert other() == 1
+        faulty.faults.clear()
+        faulty.plant("complete", "before", times=3)
+        return 10
+
+    charge = COLOURS[0].define(charge, backend=faulty, namespace="n", key="k", lease=0.6)
+    with pytest.raises(LeaseLost):
+        charge()
+    assert charge() == 1

@@ -23,10 +23,18 @@ from servers import Server, start_mariadb, start_postgres
 from sqlalchemy.ext.asyncio import create_async_engine
 from test_calls import Counter, Gate
 
-from idempotent import BackendError, BackendUnavailable, LocalBackend, SQLBackend, open_backend
+from idempotent import (
+    BackendError,
+    BackendUnavailable,
+    LocalBackend,
+    ResultUnavailable,
+    SQLBackend,
+    idempotent,
+    open_backend,
+)
 from idempotent._options import split_url
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled
-from idempotent.backends import sql
+from idempotent.backends import _engines, _statements
 from idempotent.backends.sql import records_table
 
 A, B = b"attemptA", b"attemptB"
@@ -93,7 +101,7 @@ def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
 def engine_of(url: str, **options: Any) -> Iterator[sa.Engine]:
     """A plain engine for a backend's URL."""
     bare, _ = split_url(url, ("table", "timeout"))
-    engine = sa.create_engine(sql._twins(bare)[0], **options)
+    engine = sa.create_engine(_engines.twins(bare)[0], **options)
     try:
         yield engine
     finally:
@@ -136,7 +144,7 @@ class Rows:
     def row(self, rid: RecordId) -> Row | None:
         columns = [self.table.c[name] for name in Row._fields]
         found = self.connection.execute(sa.select(*columns).where(self.table.c.id == rid.digest)).first()
-        return None if found is None else sql._row(list(found))
+        return None if found is None else _statements._row(list(found))
 
     def age(self, rid: RecordId, by: int) -> None:
         row = self.row(rid)
@@ -891,7 +899,7 @@ def test_a_ready_made_async_engine_serves_async_callers_and_refuses_others_with_
 ) -> None:
     async def main() -> None:
         bare, _ = split_url(backend_url, ("table",))
-        engine = create_async_engine(sql._twins(bare)[1])
+        engine = create_async_engine(_engines.twins(bare)[1])
         backend = opened(engine, table=table_of(backend_url).name)
         work = COLOURS[1].define(effects.hit, backend=backend)
         assert await asyncio.gather(*(work() for _ in range(20))) == [1] * 20
@@ -926,7 +934,7 @@ DRIVERS = [
 
 @pytest.mark.parametrize(("url", "sync", "asynchronous"), DRIVERS)
 def test_a_driver_in_the_url_is_a_hint(url: str, sync: str, asynchronous: str) -> None:
-    assert [twin.drivername for twin in sql._twins(url)] == [sync, asynchronous]
+    assert [twin.drivername for twin in _engines.twins(url)] == [sync, asynchronous]
 
 
 SCHEMES = {
@@ -1086,3 +1094,42 @@ def test_no_connection_is_left_in_a_transaction(
                 colour.call(work, order)
         look()
         assert seen == {"idle"}
+
+
+@on_mariadb
+def test_an_outcome_larger_than_a_packet_is_recorded_as_done(
+    backend_url: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    with engine_of(backend_url) as engine, engine.connect() as connection:
+        limit = connection.execute(sa.text("SELECT @@max_allowed_packet")).scalar_one()
+
+    def work(share: float) -> str:
+        effects.hit()
+        return "x" * int(limit * share)
+
+    work = colour.define(work, backend=opened(backend_url))
+    assert colour.call(work, 0.45) == colour.call(work, 0.45)
+    for _ in range(2):
+        with pytest.raises(ResultUnavailable):
+            colour.call(work, 0.55)
+    assert effects.count == 2
+
+
+@on_sqlite
+def test_cancelled_statements_on_sqlite_leave_no_task(backend_url: str) -> None:
+    async def main() -> None:
+        @idempotent(backend=backend_url)
+        async def work(number: int) -> int:
+            return number
+
+        await work(-1)
+        for number in range(60):
+            task = asyncio.ensure_future(work(number))
+            for _ in range(number % 20):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())

@@ -37,6 +37,10 @@ class PerLoop(Generic[T]):
             await anext(keeper)
         return found[0]
 
+    def in_use(self) -> bool:
+        """Whether a loop that is not closed has one."""
+        return any(not loop.is_closed() for loop in list(self._made))
+
     async def aclose(self) -> None:
         """Close the resource of the running loop."""
         found = self._made.get(asyncio.get_running_loop())

@@ -1,0 +1,398 @@
+"""Engines for database URLs, and how each colour runs statements on them: within a deadline, and across a fork."""
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from idempotent.backends._loops import PerLoop
+from idempotent.backends._watchdog import Watchdog
+from idempotent.errors import BackendError
+
+__all__ = ["links_of", "twins"]
+
+R = TypeVar("R")
+
+_CONNECTIONS = 8
+"""Connections of an engine of ours; a call that finds none free waits for one within its deadline."""
+
+DIALECTS = {
+    "sqlite": ("sqlite", "sqlite+aiosqlite"),
+    "postgresql": ("postgresql+psycopg", "postgresql+psycopg"),
+    "mysql": ("mysql+pymysql", "mysql+aiomysql"),
+    "mariadb": ("mariadb+pymysql", "mariadb+aiomysql"),
+}
+
+
+def twins(text: str) -> tuple[URL, URL]:
+    """The URL for sync and for async callers."""
+    scheme, _, rest = text.partition("://")
+    if scheme.partition("+")[0] == "postgres":
+        text = f"postgresql{scheme[len('postgres') :]}://{rest}"
+    try:
+        url = make_url(text)
+    except exc.ArgumentError as error:
+        raise ValueError(f"the database URL cannot be read: {error}") from None
+    kind = url.get_backend_name()
+    if kind not in DIALECTS:
+        raise ValueError(f"no SQL backend for {kind}; there are {', '.join(DIALECTS)}")
+    if kind == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ValueError("sqlite:// needs a file, such as sqlite:///idempotent.db; local:// keeps records in memory")
+    sync, asynchronous = DIALECTS[kind]
+    if url.drivername == "postgresql+asyncpg":
+        asynchronous = url.drivername
+    return url.set(drivername=sync), url.set(drivername=asynchronous)
+
+
+_SQLALCHEMYS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_capath", "ssl_cipher", "ssl_check_hostname")
+"""Options in a URL that SQLAlchemy translates for the drivers of MySQL."""
+
+
+def _refuse_unknown_options(url: URL) -> None:
+    """ValueError for an option in the URL that its driver would refuse, or pass over, at the first connection."""
+    name = url.get_driver_name()
+    if url.get_backend_name() == "sqlite":
+        known = {"timeout", "detect_types", "isolation_level", "check_same_thread", "cached_statements"}
+        if "uri" in url.query:  # then SQLite itself reads the rest
+            return
+    else:
+        try:
+            driver = importlib.import_module(name)
+        except ImportError as error:
+            raise _no_driver(url, error) from error
+        if name == "psycopg":
+            known = {option.keyword.decode() for option in driver.pq.Conninfo.get_defaults()}
+        else:
+            known = {*inspect.signature(driver.connect).parameters, *_SQLALCHEMYS, "prepared_statement_cache_size"}
+    if unknown := sorted(set(url.query) - known):
+        raise ValueError(f"{name} knows no option {', '.join(unknown)} in a database URL; ours are table= and timeout=")
+
+
+def _options(url: URL, timeout: float) -> dict[str, Any]:
+    """What an engine of ours is made with."""
+    driver = url.get_driver_name()
+    options: dict[str, Any] = {
+        "isolation_level": "AUTOCOMMIT",
+        "hide_parameters": True,
+        "pool_size": _CONNECTIONS,
+        "max_overflow": 0,
+        "pool_timeout": timeout,
+        "connect_args": {
+            "timeout" if driver in ("asyncpg", "pysqlite", "aiosqlite") else "connect_timeout": math.ceil(timeout)
+        },
+    }
+    if driver in ("pymysql", "aiomysql") and sa.__version__.split(".") >= ["2", "1"]:
+        options["skip_autocommit_rollback"] = True  # it would be a round trip of its own
+    return options
+
+
+def _on_connect(dbapi_connection: Any, _record: Any) -> None:
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not block each other
+    cursor.close()
+
+
+def _engine(url: URL, timeout: float) -> Engine:
+    try:
+        engine = sa.create_engine(url, **_options(url, timeout))
+    except ImportError as error:
+        raise _no_driver(url, error) from error
+    if url.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _on_connect)
+    return engine
+
+
+def _async_engine(url: URL, timeout: float) -> AsyncEngine:
+    try:
+        _refuse_unknown_options(url)
+        engine = create_async_engine(url, **_options(url, timeout))
+    except ImportError as error:
+        raise _no_driver(url, error) from error
+    if url.get_backend_name() == "sqlite":
+        event.listen(engine.sync_engine, "connect", _on_connect)
+    return engine
+
+
+def _no_driver(url: URL, error: ImportError) -> ImportError:
+    extra = {"postgresql": "postgres", "mariadb": "mysql"}.get(url.get_backend_name(), url.get_backend_name())
+    package = "asyncpg" if url.get_driver_name() == "asyncpg" else f"'idempotent-py[{extra}]'"
+    return ImportError(f"{url.drivername} needs a driver: pip install {package} ({error})")
+
+
+def _guarded(
+    connection: Connection,
+    work: Callable[[Connection], R],
+    deadline: float,
+    busy_timeout: float | None,
+) -> R:
+    """`work`, given up at `deadline`; `busy_timeout`: what the connection was made with, None: it is not ours."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline passed before a connection was free")
+    if connection.dialect.name != "sqlite":
+        with _watchdog.watching(_descriptor(connection.connection.driver_connection), deadline):
+            return work(connection)
+    if busy_timeout is not None and abs(left - connection.info.get("busy", busy_timeout)) > busy_timeout / 20:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={max(1, round(left * 1000))}").close()
+        connection.info["busy"] = left
+    return work(connection)
+
+
+def _descriptor(connection: Any) -> int | None:
+    """The socket of a driver's connection; None: the driver has deadlines of its own, or is not known."""
+    if hasattr(connection, "fileno"):  # psycopg
+        return int(connection.fileno())
+    found = getattr(connection, "_sock", None)  # pymysql
+    return None if found is None else int(found.fileno())
+
+
+class _ForkGuard:
+    """What SQLite must not carry over a fork: its locks and its index of the log belong to the process.
+
+    Idle connections are closed before the fork. Where one is in use all the same, the child is refused.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        """Some connection was in use when the fork began."""
+        self.torn = False
+
+    def check(self) -> None:
+        """Raise BackendError in a child that must not use the file."""
+        if self.torn:
+            raise BackendError(
+                "this process was forked while its parent used the SQLite file, which SQLite does not survive;"
+                " fork before the first call or outside of the event loop, or start processes by spawn"
+            )
+
+
+class SyncLink:
+    """Runs statements on the calling thread; `timeout`: what the engine was made with, None: it was given ready-made."""
+
+    def __init__(self, engine: Engine, timeout: float | None, guard: _ForkGuard) -> None:
+        self.engine = engine
+        self._timeout = timeout
+        self._guard = guard
+        self._free = threading.Semaphore(_CONNECTIONS)
+        self._held = 0
+        self._here = threading.local()
+        self._is_sqlite = engine.dialect.name == "sqlite"
+        if timeout is not None and not self._is_sqlite:
+            event.listen(engine, "do_connect", self._connect)
+        _links.add(self)
+
+    async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
+        """`work` on a connection, given up at monotonic `deadline`."""
+        self._guard.check()
+        if self._timeout is None:
+            with self.engine.connect() as connection:
+                return _guarded(connection, work, deadline, None)
+        free = self._free
+        if not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("the deadline passed before a connection was free")
+        try:
+            with contextlib.ExitStack() as self._here.watches:
+                self._here.deadline = deadline
+                with self.engine.connect() as connection:
+                    return _guarded(connection, work, deadline, self._timeout)
+        finally:
+            free.release()
+
+    def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        """Connect on a thread of its own: drivers count in whole seconds, and libpq in no fewer than two."""
+        deadline = self._here.deadline
+        future: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                future.set_result(dialect.connect(*arguments, **options))
+            except BaseException as error:
+                future.set_exception(error)
+
+        try:
+            threading.Thread(target=connect, name="idempotent-connect", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(f"no connection can be made: {error}") from error
+        try:
+            connection = future.result(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            future.add_done_callback(_close_late)
+            raise
+        # What SQLAlchemy asks of a new connection has no deadline either.
+        self._here.watches.enter_context(_watchdog.watching(_descriptor(connection), deadline))
+        return connection
+
+    async def sleep(self, pause: float) -> None:
+        """Let `pause` seconds pass."""
+        if pause:
+            time.sleep(pause)
+
+    def close(self) -> None:
+        """Close the idle connections of an engine of ours."""
+        if self._timeout is not None:
+            self.engine.dispose()
+
+    def before_fork(self) -> None:
+        """Let running statements end, and close the connections, where they cannot be forked."""
+        if not self._is_sqlite or self._timeout is None:
+            return
+        until = time.monotonic() + self._timeout
+        while self._held < _CONNECTIONS and self._free.acquire(timeout=max(0.0, until - time.monotonic())):
+            self._held += 1
+        self._guard.open |= self._held < _CONNECTIONS
+        self.engine.dispose()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        while self._held:
+            self._held -= 1
+            self._free.release()
+
+    def after_fork_in_child(self) -> None:
+        """Forget every connection without closing it: they are the parent process's."""
+        _parents.append(self.engine.pool)
+        self.engine.dispose(close=False)
+        self._free = threading.Semaphore(_CONNECTIONS)
+        self._held = 0
+
+
+def _close_late(future: "Future[Any]") -> None:
+    if future.exception() is None:
+        future.result().close()
+
+
+class AsyncLink:
+    """Runs statements on the event loop; `timeout`: what engines are made with, None: `source` is a ready-made one."""
+
+    def __init__(
+        self,
+        source: AsyncEngine | Callable[[], AsyncEngine],
+        timeout: float | None,
+        guard: _ForkGuard,
+        *,
+        is_sqlite: bool,
+    ) -> None:
+        self._timeout = timeout
+        self._guard = guard
+        self._is_sqlite = is_sqlite
+        self._given = source if isinstance(source, AsyncEngine) else None
+        self._engines = None if isinstance(source, AsyncEngine) else PerLoop(source, lambda engine: engine.dispose())
+        _links.add(self)
+
+    async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
+        """`work` on a connection, given up at monotonic `deadline`."""
+        self._guard.check()
+        if not self._is_sqlite:
+            return await self._run(work, deadline)
+        # A statement that is cancelled in aiosqlite's thread leaves a task behind; it is short, so it is waited for.
+        task = asyncio.ensure_future(self._run(work, deadline))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # the cancellation is what the caller is told
+            raise
+
+    async def _run(self, work: Callable[[Connection], R], deadline: float) -> R:
+        engine = self._given if self._engines is None else await self._engines.get()
+        assert engine is not None
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE), engine.connect() as connection:
+            return await connection.run_sync(_guarded, work, deadline, self._timeout)
+
+    async def sleep(self, pause: float) -> None:
+        """Let `pause` seconds pass."""
+        await asyncio.sleep(pause)
+
+    async def aclose(self) -> None:
+        """Close what the running loop has open of engines of ours."""
+        if self._engines is not None:
+            await self._engines.aclose()
+
+    def before_fork(self) -> None:
+        """Note whether a loop of this process has the file open: nobody but that loop can close it."""
+        self._guard.open |= self._is_sqlite and self._engines is not None and self._engines.in_use()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """The engines are forgotten by PerLoop."""
+
+
+def links_of(database: "str | Engine | AsyncEngine", timeout: float) -> tuple[str, "dict[str, SyncLink | AsyncLink]"]:
+    """The dialect of a database and its links by colour, "sync" and "async".
+
+    Raises:
+        TypeError, ValueError: it is no database, or none that we serve.
+        ImportError: the driver is not installed.
+    """
+    guard = _ForkGuard()
+    links: dict[str, SyncLink | AsyncLink]
+    if isinstance(database, str):
+        sync_url, async_url = twins(database)
+        _refuse_unknown_options(async_url if async_url.get_driver_name() == "asyncpg" else sync_url)
+        dialect = sync_url.get_backend_name()
+        links = {
+            "sync": SyncLink(_engine(sync_url, timeout), timeout, guard),
+            "async": AsyncLink(
+                lambda: _async_engine(async_url, timeout), timeout, guard, is_sqlite=dialect == "sqlite"
+            ),
+        }
+    elif isinstance(database, (Engine, AsyncEngine)):
+        given = database.execution_options(isolation_level="AUTOCOMMIT")
+        dialect = database.dialect.name
+        if isinstance(given, AsyncEngine):
+            links = {"async": AsyncLink(given, None, guard, is_sqlite=dialect == "sqlite")}
+        else:
+            links = {"sync": SyncLink(given, None, guard)}
+    else:
+        raise TypeError(f"SQLBackend takes a URL, an Engine or an AsyncEngine, not {database!r}")
+    if dialect not in DIALECTS:
+        raise ValueError(f"no SQL backend for {dialect}; there are {', '.join(DIALECTS)}")
+    return dialect, links
+
+
+_GRACE = 0.2
+"""Seconds after a command's deadline at which its task is cancelled, if shutting the socket has not ended it."""
+
+_watchdog = Watchdog()
+_links: "weakref.WeakSet[SyncLink | AsyncLink]" = weakref.WeakSet()
+_parents: list[Any] = []
+"""Pools of a parent process, kept from being finalized here: that could write to the parent's sockets and files."""
+
+
+def _before_fork() -> None:
+    for link in list(_links):
+        link.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for link in list(_links):
+        link.after_fork_in_parent()
+        link._guard.open = False
+
+
+def _after_fork_in_child() -> None:
+    for link in list(_links):
+        link._guard.torn |= link._guard.open
+        link.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
