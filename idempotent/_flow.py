@@ -725,27 +725,14 @@ async def settle(driver: Driver, run: Run, value: Any) -> Replay:
 
 async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tuple[Settled, bool]:
     """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over."""
-    backend, rid, attempt = run.plan.backend, run.rid, run.attempt
-    plan = run.plan
+    plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
     command = backend.fail if settled.failed else backend.complete
     refused = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
+    recorded = settled
     gone = False
-    sent = settled
 
-    async def send(what: Settled) -> Answer:
-        nonlocal sent
-        answer = await command(rid, attempt=attempt, token=run.token or 0, codec=what.codec, body=what.body, ttl=ttl)
-        sent = what
-        return answer
-
-    async def step(what: Settled) -> Answer:
-        nonlocal gone
-        answer = Answer.GONE if gone else await send(what)
-        if answer is not Answer.GONE:
-            return answer
-        # Forgotten by force, or lost by the backend: a new claim tells whether anybody runs it by now.
-        gone = True
-        reply = await backend.claim(
+    def claim() -> Awaitable[Claim]:
+        return backend.claim(
             rid,
             attempt=attempt,
             fingerprint=run.fingerprint,
@@ -753,14 +740,35 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
             keep=plan.keep,
             takeover=plan.takeover,
         )
+
+    def send(what: Settled) -> Awaitable[Answer]:
+        return command(rid, attempt=attempt, token=run.token or 0, codec=what.codec, body=what.body, ttl=ttl)
+
+    async def step(what: Settled = settled) -> Answer:
+        nonlocal gone
+        answer = Answer.GONE if gone else await send(what)
+        if answer is not Answer.GONE:
+            return answer
+        # Forgotten by force, or lost by the backend: a new claim tells whether anybody runs it by now.
+        gone = True
+        reply = await claim()
         if not isinstance(reply, Granted):
             return Answer.STALE
         run.token = reply.token
         gone = False
         return await send(what)
 
-    stored = await _confirm(driver, run, lambda: step(settled), lambda: step(refused))
-    return (sent if stored else settled)._replace(token=run.token or 0), stored
+    async def fallback() -> Answer:
+        nonlocal recorded
+        answer = await step(refused)
+        if answer is Answer.DONE:
+            # What was to be recorded first may have been, and only its reply was lost.
+            reply = await claim()
+            recorded = reply if isinstance(reply, Settled) else refused
+        return answer
+
+    stored = await _confirm(driver, run, step, fallback)
+    return recorded._replace(token=run.token or 0), stored
 
 
 async def abandon(driver: Driver, run: Run, error: BaseException) -> None:

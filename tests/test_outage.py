@@ -314,6 +314,18 @@ def test_an_outcome_that_the_backend_does_not_take_is_recorded_as_done(
     assert effects.count == 1
 
 
+def test_an_outcome_that_was_taken_after_all_is_not_called_unavailable(
+    faulty: Faulty, colour: Colour, effects: Counter
+) -> None:
+    charge = colour.define(effects.hit, backend=faulty)
+    faulty.plant("complete", "after", error=BackendError("taken, and its reply is an error"))
+    faulty.plant("complete", "before")
+    outcome = colour.call(charge.outcome)
+    assert (outcome.value, outcome.stored) == (1, True)
+    assert faulty.calls.count("complete") == 3
+    assert colour.call(charge) == 1
+
+
 def test_an_error_that_the_backend_does_not_take_is_recorded_as_done(
     faulty: Faulty, colour: Colour, effects: Counter
 ) -> None:

@@ -241,22 +241,20 @@ class SQLBackend(Backend):
         """`work` on a connection, again while that can help and `budget` seconds last."""
         deadline = time.monotonic() + budget
         pause = 0.0
-        created = False
+        makes = 3 if self._create else 0  # the connection may be lost meanwhile; a lack of permission stays
         while True:
             try:
                 return await self._link.run(work, deadline)
             except (TimeoutError, exc.SQLAlchemyError, OSError) as error:
-                if _is_missing(error) and self._create and not created:
-                    created = True
-                    problem: Exception | None = error
-                else:
-                    problem = None
+                missing = makes > 0 and _is_missing(error)
+                if not missing:
                     _raise_unless_transient(error)
                     if deadline - time.monotonic() <= pause:
                         raise BackendUnavailable(
                             f"the database did not confirm within {budget:g} s: {_words(error)}"
                         ) from _cause(error)
-            if problem is not None:
+            if missing:
+                makes -= 1
                 await self._make_table(deadline)
                 continue
             await self._link.sleep(pause * (0.5 + random() / 2))
@@ -276,7 +274,15 @@ _BUSY = {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53300", "08006",
 """SQLSTATEs of PostgreSQL after which the same command may succeed: conflicts, restarts, too many connections."""
 _BUSY_MYSQL = {1040, 1205, 1213, 1053, 1927, 2006, 2013, 2014}
 """Error numbers of MySQL and MariaDB of the same kind."""
-_BUSY_WORDS = ("database is locked", "database table is locked", "too many clients", "starting up", "shutting down")
+_BUSY_WORDS = (
+    "database is locked",
+    "database table is locked",
+    "too many clients",
+    "starting up",
+    "shutting down",
+    "closed the connection",
+    "connection was closed",
+)
 """What drivers say where they give no number."""
 _DOWN_WORDS = ("refused", "No such file or directory", "could not translate host name", "Name or service not known")
 _DOWN_MYSQL = {2003, 2002, 2005}
