@@ -128,6 +128,20 @@ def test_duplicates_from_eight_processes_run_once_and_agree(hire: Hire, effects:
     assert len(happened(effects)) == 1
 
 
+def test_duplicates_from_eight_processes_of_a_function_that_raises_get_no_result(
+    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+) -> None:
+    workers = [hire(wait=100) for _ in range(8)]
+    for worker in workers:
+        worker.tell("fail o1 25")
+    answers = [answer for worker in workers for answer in json.loads(worker.hear("answers"))]
+    assert collections.Counter(answers) == {"CardDeclinedError('o1')": 200}
+    tokens = [token for _, token in happened(effects)]
+    assert len(tokens) == 200  # each waiter whose runner raised has run it itself, one after the other
+    assert tokens == sorted(set(tokens))
+    assert colour.call(define(colour, shared_backend_url, effects), "o1") == "by the test, o1"
+
+
 def test_a_killed_workers_key_is_taken_over_once_and_not_before_its_lease_ends(
     hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
 ) -> None:

@@ -626,6 +626,40 @@ def test_two_hundred_callers_with_keys_of_their_own_share_one_pool(
         assert len(client.keys(f"{prefix}:*")) == 200
 
 
+def test_a_clients_pool_that_is_used_up_runs_nothing_until_it_has_room(
+    redis_server: Server | Address, prefix: str, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    pool = redis.ConnectionPool.from_url(redis_server.url, max_connections=1)
+    with redis.Redis(connection_pool=pool) as client:
+        work = COLOURS[0].define(effects.hit, backend=opened(client, prefix=prefix, timeout=0.4))
+        taken = pool.get_connection()
+        with pytest.raises(BackendUnavailable):
+            work()
+        assert effects.count == 0
+        pool.release(taken)
+        assert work() == 1
+
+
+def test_an_async_clients_pool_that_is_used_up_runs_nothing_until_it_has_room(
+    redis_server: Server | Address, prefix: str, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    async def main() -> None:
+        pool = redis.asyncio.ConnectionPool.from_url(redis_server.url, max_connections=1)
+        async with redis.asyncio.Redis(connection_pool=pool) as client:
+            backend = opened(client, prefix=prefix, timeout=0.4)
+            work = COLOURS[1].define(effects.hit, backend=backend)
+            taken = await pool.get_connection()
+            with pytest.raises(BackendUnavailable):
+                await work()
+            assert effects.count == 0
+            await pool.release(taken)
+            assert await work() == 1
+            await backend.aclose()
+        await pool.disconnect()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("decode", [False, True])
 def test_two_hundred_threads_share_a_ready_made_client(
     redis_server: Server | Address, prefix: str, decode: bool, opened: Callable[..., RedisBackend]

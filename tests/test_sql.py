@@ -32,6 +32,7 @@ from idempotent import (
     idempotent,
     open_backend,
 )
+from idempotent._drive import drive
 from idempotent._options import split_url
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled
 from idempotent.backends import _engines, _statements
@@ -909,6 +910,77 @@ def test_a_ready_made_async_engine_serves_async_callers_and_refuses_others_with_
         async with engine.connect() as connection:
             assert (await connection.execute(sa.text("SELECT 1"))).scalar() == 1
         await engine.dispose()
+
+    asyncio.run(main())
+    assert effects.count == 1
+
+
+@on_each_database
+def test_an_engines_pool_that_is_used_up_runs_nothing_until_it_has_room(
+    backend_url: str, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    with engine_of(backend_url, pool_size=1, max_overflow=0, pool_timeout=0.3) as engine:
+        work = COLOURS[0].define(effects.hit, backend=opened(engine, table=table_of(backend_url).name))
+        with engine.connect(), pytest.raises(BackendUnavailable):
+            work()
+        assert effects.count == 0
+        assert work() == 1
+
+
+@on_each_database
+def test_an_async_engines_pool_that_is_used_up_runs_nothing_until_it_has_room(
+    backend_url: str, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    async def main() -> None:
+        bare, _ = split_url(backend_url, ("table",))
+        engine = create_async_engine(_engines.twins(bare)[1], pool_size=1, max_overflow=0, pool_timeout=0.3)
+        work = COLOURS[1].define(effects.hit, backend=opened(engine, table=table_of(backend_url).name))
+        async with engine.connect():
+            with pytest.raises(BackendUnavailable):
+                await work()
+        assert effects.count == 0
+        assert await work() == 1
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+@on_each_database
+def test_the_own_pool_that_is_used_up_runs_nothing_until_it_has_room(
+    backend_url: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    backend = opened(backend_url, timeout=0.6)
+    work = colour.define(effects.hit, backend=backend, key="k")
+    held = threading.Event()
+
+    async def main() -> None:
+        link = backend.asynchronous()._link if colour.is_async else backend.blocking()._link  # type: ignore[attr-defined]
+
+        def hold(connection: object) -> None:
+            assert held.wait(30)
+
+        if colour.is_async:
+            engine = await link._engines.get()
+            taken = [await engine.connect() for _ in range(_engines._CONNECTIONS)]
+            with pytest.raises(BackendUnavailable):
+                await work()
+            for connection in taken:
+                await connection.close()
+            assert await work() == 1
+            return
+        threads = [
+            threading.Thread(target=lambda: drive(link.run(hold, time.monotonic() + 30)))
+            for _ in range(_engines._CONNECTIONS)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: link._free._value == 0)
+        with pytest.raises(BackendUnavailable):
+            work()
+        held.set()
+        for thread in threads:
+            thread.join()
+        assert work() == 1
 
     asyncio.run(main())
     assert effects.count == 1

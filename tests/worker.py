@@ -5,6 +5,7 @@ python worker.py '{"colour": "sync", "options": {"backend": URL, "key": "{order}
 call ORDER        call the function; it says "enter TOKEN" from inside and waits for the next line:
                   "return TEXT" or "raise"; then comes "result JSON" or "error CLASS"
 storm ORDER N     N calls at once of a function that does not wait; "answers JSON"
+fail ORDER N      the same of one that raises
 """
 
 import json
@@ -34,6 +35,7 @@ def main() -> None:
     colour = Colour(setup["colour"])
     effects = setup["effects"]
     storming = threading.Event()
+    failing = threading.Event()
 
     def work(order: str) -> str:
         call = current_call()
@@ -43,6 +45,10 @@ def main() -> None:
             verb, _, text = sys.stdin.readline().strip().partition(" ")
             if verb == "raise":
                 raise CardDeclinedError(order)
+        elif failing.is_set():
+            with open(effects, "a") as file:
+                file.write(f"{order} {call.token}\n")
+            raise CardDeclinedError(order)
         else:
             time.sleep(0.05)
             text = order
@@ -55,8 +61,10 @@ def main() -> None:
     while line := sys.stdin.readline():
         verb, order, *times = line.split()
         try:
-            if verb == "storm":
+            if verb in ("storm", "fail"):
                 storming.set()
+                if verb == "fail":
+                    failing.set()
                 answers: list[Any] = colour.storm(function, int(times[0]), order)
                 say("answers", json.dumps([a if isinstance(a, str) else repr(a) for a in answers]))
             else:
