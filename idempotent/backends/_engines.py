@@ -81,18 +81,18 @@ def _refuse_unknown_options(url: URL) -> None:
         raise ValueError(f"{name} knows no option {', '.join(unknown)} in a database URL; ours are table= and timeout=")
 
 
-def _options(url: URL, timeout: float) -> dict[str, Any]:
+def _options(url: URL, timeout: float, pool: type[sa.Pool]) -> dict[str, Any]:
     """What an engine of ours is made with."""
     driver = url.get_driver_name()
+    exact = driver in ("asyncpg", "pysqlite", "aiosqlite")  # the others count in whole seconds
     options: dict[str, Any] = {
+        "poolclass": pool,
         "isolation_level": "AUTOCOMMIT",
         "hide_parameters": True,
         "pool_size": _CONNECTIONS,
         "max_overflow": 0,
         "pool_timeout": timeout,
-        "connect_args": {
-            "timeout" if driver in ("asyncpg", "pysqlite", "aiosqlite") else "connect_timeout": math.ceil(timeout)
-        },
+        "connect_args": {"timeout": timeout} if exact else {"connect_timeout": math.ceil(timeout)},
     }
     if driver in ("pymysql", "aiomysql") and sa.__version__.split(".") >= ["2", "1"]:
         options["skip_autocommit_rollback"] = True  # it would be a round trip of its own
@@ -107,7 +107,7 @@ def _on_connect(dbapi_connection: Any, _record: Any) -> None:
 
 def _engine(url: URL, timeout: float) -> Engine:
     try:
-        engine = sa.create_engine(url, **_options(url, timeout))
+        engine = sa.create_engine(url, **_options(url, timeout, sa.QueuePool))
     except ImportError as error:
         raise _no_driver(url, error) from error
     if url.get_backend_name() == "sqlite":
@@ -118,7 +118,7 @@ def _engine(url: URL, timeout: float) -> Engine:
 def _async_engine(url: URL, timeout: float) -> AsyncEngine:
     try:
         _refuse_unknown_options(url)
-        engine = create_async_engine(url, **_options(url, timeout))
+        engine = create_async_engine(url, **_options(url, timeout, sa.AsyncAdaptedQueuePool))
     except ImportError as error:
         raise _no_driver(url, error) from error
     if url.get_backend_name() == "sqlite":
