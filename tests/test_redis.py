@@ -22,6 +22,7 @@ from test_calls import Counter, Gate
 
 from idempotent import BackendError, BackendUnavailable, InProgress, RedisBackend
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
+from idempotent.backends.redis import _named
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 A, B = b"attemptA", b"attemptB"
@@ -632,7 +633,7 @@ def test_a_clients_pool_that_is_used_up_runs_nothing_until_it_has_room(
     pool = redis.ConnectionPool.from_url(redis_server.url, max_connections=1)
     with redis.Redis(connection_pool=pool) as client:
         work = COLOURS[0].define(effects.hit, backend=opened(client, prefix=prefix, timeout=0.4))
-        taken = pool.get_connection()
+        taken = pool.get_connection(*_named(pool))
         with pytest.raises(BackendUnavailable):
             work()
         assert effects.count == 0
@@ -648,7 +649,7 @@ def test_an_async_clients_pool_that_is_used_up_runs_nothing_until_it_has_room(
         async with redis.asyncio.Redis(connection_pool=pool) as client:
             backend = opened(client, prefix=prefix, timeout=0.4)
             work = COLOURS[1].define(effects.hit, backend=backend)
-            taken = await pool.get_connection()
+            taken = await pool.get_connection(*_named(pool))
             with pytest.raises(BackendUnavailable):
                 await work()
             assert effects.count == 0

@@ -8,6 +8,7 @@ the deadline of a command nor which replies may be asked for again.
 """
 
 import asyncio
+import contextlib
 import copy
 import errno
 import hashlib
@@ -324,7 +325,7 @@ class RedisBackend(Backend):
                 left = deadline - time.monotonic()
                 if left <= pause:
                     raise BackendUnavailable(
-                        f"Redis did not confirm within {budget:g} s: {error or 'no reply'}"
+                        f"Redis did not confirm within {budget:g} s: {str(error) or 'no reply'}"
                     ) from error
             await self._link.sleep(pause * (0.5 + random() / 2))
             pause = min(0.25, pause * 2 or 0.005)
@@ -448,25 +449,26 @@ class _AsyncLink:
     def __init__(self, source: Any) -> None:
         self._given = None if isinstance(source, str) else source
         self._named = () if self._given is None else _named(self._given)
-        self._pools: PerLoop[Any] = PerLoop(lambda: self._make(source), lambda pool: pool.disconnect())
+        self._pools: PerLoop[tuple[Any, asyncio.Semaphore]] = PerLoop(
+            lambda: self._make(source), lambda made: made[0].disconnect()
+        )
 
-    def _make(self, url: str) -> Any:
+    def _make(self, url: str) -> tuple[Any, asyncio.Semaphore]:
         options: dict[str, Any] = {
             "socket_timeout": None,
             "socket_connect_timeout": None,
             "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),
             "decode_responses": False,
         }
-        pool: Any = redis.asyncio.BlockingConnectionPool.from_url(
-            url, max_connections=_CONNECTIONS, timeout=None, **options
-        )
+        # The blocking pool of redis-py 5.0 waits for itself for ever when a connection cannot be made.
+        pool: Any = redis.asyncio.ConnectionPool.from_url(url, max_connections=_CONNECTIONS, **options)
         pool.connection_kwargs.update(options)
         self._named = _named(pool)
-        return pool
+        return pool, asyncio.Semaphore(_CONNECTIONS)
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        pool = self._given or await self._pools.get()
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+        pool, free = (self._given, contextlib.nullcontext()) if self._given else await self._pools.get()
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())), free:
             connection = await pool.get_connection(*self._named)
             try:
                 await connection.send_command(*command)
