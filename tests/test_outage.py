@@ -393,7 +393,7 @@ def test_a_record_that_was_lost_during_the_run_is_made_again(
             faulty.plant(lost, "after")
         return effects.hit()
 
-    charge = colour.define(charge, backend=faulty, namespace="n", lease=0.6)
+    charge = colour.define(charge, backend=faulty, namespace="n", lease=1.5)
     outcome = colour.call(charge.outcome)
     assert (outcome.value, outcome.stored) == (1, True)
     again = colour.call(charge.outcome)
@@ -529,7 +529,7 @@ def test_a_claim_that_is_granted_after_its_lease_runs_only_if_nobody_took_over(
         return 10 * effects.hit()
 
     charge = COLOURS[0].define(
-        charge, backend=Late(inner, other if overtaken else lambda: None), namespace="n", key="k", lease=0.5
+        charge, backend=Late(inner, other if overtaken else lambda: None), namespace="n", key="k", lease=1.0
     )
     assert charge() == (1 if overtaken else 10)
     assert effects.count == 1
@@ -552,7 +552,7 @@ def test_a_run_that_outlived_its_lease_asks_through_a_short_outage_before_it_ans
         faulty.plant("complete", "before", times=3)
         return 10
 
-    charge = COLOURS[0].define(charge, backend=faulty, namespace="n", key="k", lease=0.6)
+    charge = COLOURS[0].define(charge, backend=faulty, namespace="n", key="k", lease=1.2)
     with pytest.raises(LeaseLost):
         charge()
     assert charge() == 1
