@@ -850,6 +850,7 @@ async def _confirm(
     # A lease that is over already may have been taken over: an answer is worth the time of one command.
     until = max(run.valid_until, driver.now() + min(plan.lease, plan.backend.timeout))
     steps = [step]
+    refused = False
     pause = 0.01
     while True:
         for each in steps:
