@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from idempotent.events import Hook as Hook
     from idempotent.events import log_event as log_event
     from idempotent.keys import new_key as new_key
+    from idempotent.lock import AsyncLock as AsyncLock
+    from idempotent.lock import Hold as Hold
+    from idempotent.lock import Lock as Lock
+    from idempotent.lock import serialized as serialized
     from idempotent.serializers import Compressed as Compressed
     from idempotent.serializers import Encrypted as Encrypted
     from idempotent.serializers import PickleSerializer as PickleSerializer
@@ -109,6 +113,7 @@ _HOMES = {
     ),
     "events": ("Event", "Hook", "log_event"),
     "keys": ("new_key",),
+    "lock": ("AsyncLock", "Hold", "Lock", "serialized"),
     "serializers": ("Compressed", "Encrypted", "PickleSerializer", "Serializer"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,16 +1,19 @@
 """The async driver: flows on the running event loop, heartbeats as timers of that loop."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+from idempotent._drive import Beating
 from idempotent._flow import Run, renew
 from idempotent._signals import TaskWaiter
 
 __all__ = ["ASYNC", "AsyncDriver", "finish"]
 
 R = TypeVar("R")
+B = TypeVar("B", bound=Beating)
 
 
 async def finish(flow: Callable[[], Coroutine[Any, Any, R]]) -> R:
@@ -31,12 +34,12 @@ async def finish(flow: Callable[[], Coroutine[Any, Any, R]]) -> R:
         raise
 
 
-class _Beats:
+class _Beats(Generic[B]):
     """The heartbeat of one run: a timer, and while a renewal is under way its task."""
 
     __slots__ = ("_driver", "_loop", "_run", "_task", "_timer")
 
-    def __init__(self, driver: "AsyncDriver", run: Run) -> None:
+    def __init__(self, driver: "AsyncDriver[B]", run: B) -> None:
         self._driver = driver
         self._run = run
         self._loop = asyncio.get_running_loop()
@@ -49,7 +52,7 @@ class _Beats:
     async def _renew(self) -> None:
         pause: float | None = self._run.plan.lease / 3
         try:
-            pause = await renew(self._driver, self._run)
+            pause = await self._driver.renew(self._driver, self._run)
         except Exception as error:  # a faulty backend must not end the renewals
             self._run.report("backend_error", error=error)
         if pause is not None and self._timer is not None:
@@ -63,15 +66,22 @@ class _Beats:
 
     async def still(self) -> None:
         """No further beats, and none under way."""
+        if self._loop is not asyncio.get_running_loop():
+            with contextlib.suppress(RuntimeError):  # closed, and its timers with it
+                self._loop.call_soon_threadsafe(self.drop)
+            return
         self.drop()
         if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
 
 
-class AsyncDriver:
-    """Waits by suspending the task."""
+class AsyncDriver(Generic[B]):
+    """Waits by suspending the task. `renew` is the flow of one beat."""
 
     now = staticmethod(time.monotonic)
+
+    def __init__(self, renew: "Callable[[AsyncDriver[B], B], Coroutine[Any, Any, float | None]]") -> None:
+        self.renew = renew
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -79,19 +89,19 @@ class AsyncDriver:
     def waiter(self) -> TaskWaiter:
         return TaskWaiter()
 
-    def beat(self, run: Run) -> None:
+    def beat(self, run: B) -> None:
         run.beating = _Beats(self, run)
 
-    async def still(self, run: Run) -> None:
+    async def still(self, run: B) -> None:
         beats = run.beating
         if beats is not None:
             await beats.still()
             run.beating = None
 
-    def drop(self, run: Run) -> None:
+    def drop(self, run: B) -> None:
         """End the beats without waiting: the coroutine is being closed and cannot."""
         if run.beating is not None:
             run.beating.drop()
 
 
-ASYNC = AsyncDriver()
+ASYNC: AsyncDriver[Run] = AsyncDriver(renew)

@@ -1,21 +1,45 @@
 """The sync driver: flows on the calling thread, and heartbeat threads for each backend."""
 
 import contextlib
+import functools
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from idempotent._flow import Run, renew
 from idempotent._signals import ThreadWaiter
 from idempotent.backends.base import Backend
 from idempotent.errors import BackendError, IdempotencyError
+from idempotent.events import EventName
 
-__all__ = ["SYNC", "SyncDriver", "drive", "finish"]
+__all__ = ["SYNC", "Beating", "SyncDriver", "drive", "finish"]
 
 R = TypeVar("R")
+
+
+class Pace(Protocol):
+    """What a heartbeat needs of a plan."""
+
+    @property
+    def lease(self) -> float: ...
+    @property
+    def backend(self) -> Backend: ...
+
+
+class Beating(Protocol):
+    """What a heartbeat keeps alive: a run, or a lock's hold."""
+
+    beating: Any
+
+    @property
+    def plan(self) -> Pace: ...
+    def report(self, name: EventName, *, error: BaseException | None = None) -> None: ...
+
+
+B = TypeVar("B", bound=Beating)
 
 _LINGER = 0.5
 """Seconds a heartbeat thread sleeps at the longest, and so how long it outlives the last run."""
@@ -52,21 +76,22 @@ def finish(flow: Callable[[], Coroutine[Any, Any, R]]) -> None:
         raise
 
 
-class Heart:
+class Heart(Generic[B]):
     """The heartbeat threads of one backend: started by the first run, gone soon after the last.
 
     Those of one backend, so that a frozen server does not hold up the leases of another; more than one, so that a slow
     renewal does not hold up the next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, renew: Callable[[B], Coroutine[Any, Any, float | None]]) -> None:
+        self._flow = renew
         self._reset()
         _hearts.add(self)
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        self._due: dict[Run, float] = {}
-        self._under_way: set[Run] = set()
+        self._due: dict[B, float] = {}
+        self._under_way: set[B] = set()
         self._threads = 0
         self._waits = False
         """One of the threads waits for the next renewal to be due."""
@@ -74,7 +99,7 @@ class Heart:
         """So many threads are idle."""
         self._wakes = 0.0
 
-    def add(self, run: Run, due: float) -> None:
+    def add(self, run: B, due: float) -> None:
         """Renew `run` at `due` (monotonic seconds), and on. Raises RuntimeError if no thread can be started."""
         with self._changed:
             if not self._threads:
@@ -83,7 +108,7 @@ class Heart:
                 self._try_start()
             self._schedule(run, due)
 
-    def discard(self, run: Run) -> None:
+    def discard(self, run: B) -> None:
         """Never renew `run` again; returns when a renewal that is under way has ended."""
         with self._changed:
             self._due.pop(run, None)
@@ -91,7 +116,7 @@ class Heart:
                 self._changed.wait()
             self._due.pop(run, None)
 
-    def _schedule(self, run: Run, due: float) -> None:
+    def _schedule(self, run: B, due: float) -> None:
         self._due[run] = due
         if due < self._wakes:
             self._changed.notify_all()
@@ -105,7 +130,7 @@ class Heart:
             with contextlib.suppress(RuntimeError):  # no more threads: the renewals take turns
                 self._start()
 
-    def _next(self) -> Run | None:
+    def _next(self) -> B | None:
         """The run to renew now; None: this thread is not needed any more."""
         while self._due:
             if self._waits:  # be at hand for when that one has to work
@@ -150,23 +175,26 @@ class Heart:
             finally:
                 self._threads -= 1
 
-    def _renew(self, run: Run) -> float | None:
+    def _renew(self, run: B) -> float | None:
         try:
-            return drive(renew(SYNC, run))
+            return drive(self._flow(run))
         except BaseException as error:  # a faulty backend or hook must not end the other runs' renewals
             run.report("backend_error", error=error)
             return run.plan.lease / 3
 
 
-_hearts: weakref.WeakSet[Heart] = weakref.WeakSet()
-_heart_of: weakref.WeakKeyDictionary[Backend, Heart] = weakref.WeakKeyDictionary()
+_hearts: "weakref.WeakSet[Heart[Any]]" = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-class SyncDriver:
-    """Waits by blocking the calling thread; never suspends."""
+class SyncDriver(Generic[B]):
+    """Waits by blocking the calling thread; never suspends. `renew` is the flow of one beat."""
 
     now = staticmethod(time.monotonic)
+
+    def __init__(self, renew: "Callable[[SyncDriver[B], B], Coroutine[Any, Any, float | None]]") -> None:
+        self._renew = renew
+        self._heart_of: weakref.WeakKeyDictionary[Backend, Heart[B]] = weakref.WeakKeyDictionary()
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -174,23 +202,23 @@ class SyncDriver:
     def waiter(self) -> ThreadWaiter:
         return ThreadWaiter()
 
-    def beat(self, run: Run) -> None:
+    def beat(self, run: B) -> None:
         backend = run.plan.backend
-        heart = _heart_of.get(backend)
+        heart = self._heart_of.get(backend)
         if heart is None:
             with _lock:
-                heart = _heart_of.setdefault(backend, Heart())
+                heart = self._heart_of.setdefault(backend, Heart(functools.partial(self._renew, self)))
         run.beating = heart
         heart.add(run, time.monotonic() + run.plan.lease / 3)
 
-    async def still(self, run: Run) -> None:
+    async def still(self, run: B) -> None:
         heart = run.beating
         if heart is not None:
             heart.discard(run)
             run.beating = None
 
 
-SYNC = SyncDriver()
+SYNC: SyncDriver[Run] = SyncDriver(renew)
 
 
 def _after_fork() -> None:

@@ -26,12 +26,13 @@ EventName = Literal[
     "not_stored",
     "unprotected",
     "backend_error",
+    "broken",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to one call."""
+    """One thing that happened to one call or lock."""
 
     name: EventName
     namespace: str
@@ -68,6 +69,7 @@ _LEVELS: dict[EventName, int] = {
     "not_stored": logging.ERROR,
     "unprotected": logging.ERROR,
     "backend_error": logging.WARNING,
+    "broken": logging.WARNING,
 }
 
 

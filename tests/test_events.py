@@ -25,6 +25,7 @@ LEVELS: dict[EventName, int] = {
     "mismatched": logging.WARNING,
     "unknown": logging.WARNING,
     "backend_error": logging.WARNING,
+    "broken": logging.WARNING,
     "not_stored": logging.ERROR,
     "unprotected": logging.ERROR,
 }
