@@ -21,7 +21,7 @@ from idempotent import _flow as flow
 from idempotent._drive import drive
 from idempotent._record import Answer
 from idempotent._signals import ThreadWaiter
-from idempotent.backends.pubsub import Listener
+from idempotent.backends._listener import Listener
 
 
 @pytest.fixture(params=COLOURS, ids=repr)

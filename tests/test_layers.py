@@ -17,7 +17,9 @@ LAYERS = [
     ["keys", "serializers"],
     ["events", "_signals", "_options"],
     ["backends", "backends.base", "backends._loops", "backends._watchdog"],
-    ["backends.pubsub", "backends._engines", "backends._statements"],
+    ["backends._listener"],
+    ["backends.pubsub", "backends._notify"],
+    ["backends._engines", "backends._statements"],
     ["backends.local", "backends.redis", "backends.sql"],
     ["_config"],
     ["_flow"],
@@ -74,7 +76,7 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
     subjects = {
         "redis": {"backends.redis", "backends.pubsub"},
-        "sqlalchemy": {"backends.sql", "backends._engines", "backends._statements"},
+        "sqlalchemy": {"backends.sql", "backends._engines", "backends._notify", "backends._statements"},
     }
     importers = set()
     for path in FILES:

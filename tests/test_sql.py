@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -386,6 +388,56 @@ def test_ended_connections_between_calls_and_during_one_are_made_again(
     end_connections(own_server)
     assert colour.call(work, 2) == 2
     assert ended >= 3
+
+
+@on_each_database
+def test_what_is_closed_keeps_no_connection_for_a_command_under_way_or_a_later_one(
+    backend_url: str, colour: Colour, opened: Callable[..., SQLBackend]
+) -> None:
+    backend = opened(backend_url)
+    link = backend._links[colour.name]
+    entered, closed = threading.Event(), threading.Event()
+    pools: list[Any] = []
+
+    def slow(connection: sa.Connection) -> int:
+        pools.append(connection.engine.pool)
+        entered.set()
+        assert colour.is_async or closed.wait(30)
+        return connection.execute(sa.text("SELECT 7")).scalar_one()
+
+    if colour.is_async:
+
+        async def main() -> None:
+            slow_one = asyncio.ensure_future(link.run(slow, time.monotonic() + 30))
+            while not entered.is_set():
+                await asyncio.sleep(0)
+            await backend.aclose()
+            assert await slow_one == 7
+            assert pools[0].checkedin() == 0
+            assert await link.run(slow, time.monotonic() + 30) == 7
+
+        asyncio.run(main())
+    else:
+        thread = threading.Thread(target=lambda: drive(link.run(slow, time.monotonic() + 30)))
+        thread.start()
+        assert entered.wait(30)
+        backend.close()
+        closed.set()
+        thread.join(30)
+        assert pools[0].checkedin() == 0
+        assert drive(link.run(slow, time.monotonic() + 30)) == 7
+    assert [pool.checkedin() for pool in pools] == [0, 0]
+
+
+@on_postgres
+def test_a_backend_that_nobody_has_any_more_is_collected(backend_url: str) -> None:
+    backend = SQLBackend(backend_url)
+    drive(backend.read(RecordId("n", "k")))
+    backend.close()
+    link = weakref.ref(backend._link)
+    del backend
+    gc.collect()
+    assert link() is None
 
 
 # ----------------------------------------------------------------------------------------------------- servers in trouble

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -18,7 +18,9 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._loops import PerLoop
+from idempotent.backends._notify import PostgresSubscriber
 from idempotent.backends._watchdog import Watchdog
 from idempotent.errors import BackendError
 
@@ -182,16 +184,26 @@ class _ForkGuard:
 class SyncLink:
     """Runs statements on the calling thread; `timeout`: what the engine was made with, None: it was given ready-made."""
 
+    waiter = ThreadWaiter
+
     def __init__(self, engine: Engine, timeout: float | None, guard: _ForkGuard) -> None:
         self.engine = engine
         self._timeout = timeout
         self._guard = guard
+        self._closed = False
         self._free = threading.Semaphore(_CONNECTIONS)
         self._held = 0
         self._here = threading.local()
         self._is_sqlite = engine.dialect.name == "sqlite"
         if timeout is not None and not self._is_sqlite:
-            event.listen(engine, "do_connect", self._connect)
+            mine = weakref.ref(self)  # SQLAlchemy's caches keep dialects and their listeners alive
+
+            def connect(*event: Any) -> Any:
+                link = mine()
+                assert link is not None
+                return link._connect(*event)
+
+            event.listen(engine, "do_connect", connect)
         _links.add(self)
 
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
@@ -200,16 +212,23 @@ class SyncLink:
         if self._timeout is None:
             with self.engine.connect() as connection:
                 return _guarded(connection, work, deadline, None)
+        with self._room(deadline), self.engine.connect() as connection:
+            return _guarded(connection, work, deadline, self._timeout)
+
+    @contextlib.contextmanager
+    def _room(self, deadline: float) -> Iterator[None]:
+        """One of the connections' places, until monotonic `deadline`."""
         free = self._free
         if not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TimeoutError("the deadline passed before a connection was free")
         try:
             with contextlib.ExitStack() as self._here.watches:
                 self._here.deadline = deadline
-                with self.engine.connect() as connection:
-                    return _guarded(connection, work, deadline, self._timeout)
+                yield
         finally:
             free.release()
+            if self._closed:  # whoever closes it waits for no command, and may be followed by some
+                self.engine.pool.dispose()
 
     def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
         """Connect on a thread of its own: drivers count in whole seconds, and libpq in no fewer than two."""
@@ -240,10 +259,20 @@ class SyncLink:
         if pause:
             time.sleep(pause)
 
+    def subscriber(self, timeout: float) -> PostgresSubscriber:
+        """A connection of its own, to hear notifications on; its commands take up to `timeout` seconds each."""
+        room = contextlib.nullcontext() if self._timeout is None else self._room(time.monotonic() + timeout)
+        with room:
+            pooled = self.engine.raw_connection()
+            connection = pooled.driver_connection
+            pooled.detach()
+        return PostgresSubscriber(connection, timeout)
+
     def close(self) -> None:
-        """Close the idle connections of an engine of ours."""
+        """Close the connections of an engine of ours; those in use, and those of later commands, after their command."""
         if self._timeout is not None:
-            self.engine.dispose()
+            self._closed = True
+            self.engine.pool.dispose()
 
     def before_fork(self) -> None:
         """Let running statements end, and close the connections, where they cannot be forked."""
@@ -274,8 +303,36 @@ def _close_late(future: "Future[Any]") -> None:
         future.result().close()
 
 
+class _Shared:
+    """An engine of one loop, closed when no command is under way: a connection that came back later would stay open."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._commands = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """A command is under way."""
+        self._commands += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        """It has ended."""
+        self._commands -= 1
+        if not self._commands:
+            self._idle.set()
+
+    async def dispose(self) -> None:
+        """Close the connections."""
+        await self._idle.wait()
+        await self.engine.dispose()
+
+
 class AsyncLink:
     """Runs statements on the event loop; `timeout`: what engines are made with, None: `source` is a ready-made one."""
+
+    waiter = TaskWaiter
 
     def __init__(
         self,
@@ -288,8 +345,11 @@ class AsyncLink:
         self._timeout = timeout
         self._guard = guard
         self._is_sqlite = is_sqlite
-        self._given = source if isinstance(source, AsyncEngine) else None
-        self._engines = None if isinstance(source, AsyncEngine) else PerLoop(source, lambda engine: engine.dispose())
+        self._engines: _Shared | PerLoop[_Shared]
+        if isinstance(source, AsyncEngine):
+            self._engines = _Shared(source)
+        else:
+            self._engines = PerLoop(lambda: _Shared(source()), _Shared.dispose)
         _links.add(self)
 
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
@@ -310,10 +370,16 @@ class AsyncLink:
             raise
 
     async def _run(self, work: Callable[[Connection], R], deadline: float) -> R:
-        engine = self._given if self._engines is None else await self._engines.get()
-        assert engine is not None
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE), engine.connect() as connection:
-            return await connection.run_sync(_guarded, work, deadline, self._timeout)
+        shared = await self._engines.get() if isinstance(self._engines, PerLoop) else self._engines
+        shared.begin()
+        try:
+            async with (
+                asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE),
+                shared.engine.connect() as connection,
+            ):
+                return await connection.run_sync(_guarded, work, deadline, self._timeout)
+        finally:
+            shared.end()
 
     async def sleep(self, pause: float) -> None:
         """Let `pause` seconds pass."""
@@ -321,12 +387,12 @@ class AsyncLink:
 
     async def aclose(self) -> None:
         """Close what the running loop has open of engines of ours."""
-        if self._engines is not None:
+        if isinstance(self._engines, PerLoop):
             await self._engines.aclose()
 
     def before_fork(self) -> None:
         """Note whether a loop of this process has the file open: nobody but that loop can close it."""
-        self._guard.open |= self._is_sqlite and self._engines is not None and self._engines.in_use()
+        self._guard.open |= self._is_sqlite and isinstance(self._engines, PerLoop) and self._engines.in_use()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""

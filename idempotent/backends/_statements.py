@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from idempotent import _machine as machine
 from idempotent._record import Granted, RecordId, Row, State
+from idempotent.backends import _notify as notify
 from idempotent.errors import BackendError
 
 __all__ = ["Statements", "records_table"]
@@ -143,6 +144,10 @@ class Statements:
             for column in columns
         }
         self._swap = table.update().where(unchanged).values(values)
+        if dialect == "postgresql":
+            self._settle = self._settle.returning(notify.notifying())
+            self._release = self._release.returning(notify.notifying())
+            self._swap = self._swap.returning(notify.notifying(unless=c.state == "R"))
         named: dict[str, Any] = {name: sa.bindparam(name) for name in ("id", "space", "namespace", "key")}
         self._insert = table.insert().values({**named, **values})
         self._runs = sa.select(sa.literal(1)).where(here, c.state == "R", c.token == sa.bindparam("b_token"))
@@ -201,6 +206,9 @@ class Statements:
             values["now"] = time.time_ns() // 1000
         return values
 
+    def _bucket(self, rid: RecordId) -> dict[str, Any]:
+        return {"b_bucket": notify.bucket_of(rid.digest)} if self._dialect == "postgresql" else {}
+
     def fresh(self, connection: Connection, rid: RecordId, ask: machine.Ask) -> tuple[int | None, Row | None, int]:
         """Claim a record that is not there: its token. Else None, the row that is there, and the time."""
         if self._fresh is not None:
@@ -254,7 +262,7 @@ class Statements:
             except exc.IntegrityError:
                 return False
             return True
-        values |= {
+        values |= self._bucket(rid) | {
             "b_state": row.state.value,
             "b_token": row.token,
             "b_attempt": self._bytes(row.attempt),
@@ -290,13 +298,16 @@ class Statements:
                 "b_state": state.value,
                 "b_codec": codec,
                 "b_body": self._bytes(body),
+                **self._bucket(rid),
             }
         )
         return connection.execute(self._settle, values).rowcount == 1
 
     def release(self, connection: Connection, rid: RecordId, attempt: bytes, token: int) -> bool:
         """Withdraw an unsettled record that is this attempt's; whether it was."""
-        values = self._clocked({"b_id": rid.digest, "b_attempt": self._bytes(attempt), "b_token": token})
+        values = self._clocked(
+            {"b_id": rid.digest, "b_attempt": self._bytes(attempt), "b_token": token, **self._bucket(rid)}
+        )
         return connection.execute(self._release, values).rowcount == 1
 
     def runs(self, connection: Connection, rid: RecordId, token: int) -> bool:

@@ -60,9 +60,10 @@ from idempotent._record import (
     unpack,
 )
 from idempotent._signals import TaskWaiter, ThreadWaiter
+from idempotent.backends._listener import Listener
 from idempotent.backends._loops import PerLoop
 from idempotent.backends.base import Backend, micros, poll
-from idempotent.backends.pubsub import Listener, listening_connection
+from idempotent.backends.pubsub import subscriber_of
 from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["RedisBackend"]
@@ -80,9 +81,6 @@ _TRANSIENT_CODES = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 _OUT = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ReadOnlyError)
 _OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "max number of")
 """Error replies of a server that does not serve us, now or for good."""
-
-_POLL = 1.0
-"""Seconds a waiter that could not subscribe polls before it tries to subscribe again."""
 
 
 class _Script:
@@ -158,8 +156,8 @@ class RedisBackend(Backend):
                 links = {"sync": _SyncLink(pool, owned=False)}
             else:
                 raise TypeError(f"RedisBackend takes a URL, a redis.Redis or a redis.asyncio.Redis, not {server!r}")
-        listening = listening_connection(pool, self.timeout)
-        self._listener = None if listening is None else Listener(listening)
+        subscribe = subscriber_of(pool, self.timeout)
+        self._listener = None if subscribe is None else Listener(subscribe)
         self._links = links
         self._colour, self._link = next(iter(links.items()))
         self._views: dict[str, RedisBackend] = {self._colour: self}
@@ -251,25 +249,11 @@ class RedisBackend(Backend):
             record = await self.read(rid)
             return record is not None and record.state == "running" and record.token == token
 
-        until = time.monotonic() + timeout
-        listener, channel = self._listener, self._key(rid)
-        if listener is not None:
-            waiter = self._link.waiter()
-            try:
-                joined = await listener.join(channel, waiter, min(timeout, self.timeout))
-                # A message can be lost on its way, so look again, ever more seldom.
-                pause = 1.0
-                while joined and listener.hears(channel) and await runs():
-                    left = until - time.monotonic()
-                    if left <= 0 or await waiter.wait(min(left, pause)):
-                        return
-                    pause *= 2
-                if joined and listener.hears(channel):
-                    return
-            finally:
-                listener.leave(channel, waiter)
-            timeout = min(_POLL, until - time.monotonic())
-        await poll(runs, self._link.sleep, timeout)
+        if self._listener is None:
+            await poll(runs, self._link.sleep, timeout)
+        else:
+            link = self._link
+            await self._listener.changed(self._key(rid), link.waiter(), runs, link.sleep, timeout, self.timeout)
 
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)

@@ -29,6 +29,7 @@ from idempotent import _machine as machine
 from idempotent._options import split_url, timeout_of
 from idempotent._record import Answer, Claim, Granted, Record, RecordId, Row, State, StateName, describe
 from idempotent.backends._engines import AsyncLink, SyncLink, links_of
+from idempotent.backends._listener import Listener
 from idempotent.backends._statements import Statements, records_table
 from idempotent.backends.base import Backend, micros, poll
 from idempotent.errors import BackendError, BackendUnavailable
@@ -75,6 +76,10 @@ class SQLBackend(Backend):
         self.table = records_table(self.metadata, name, schema)
         self._create = create
         self._statements = Statements(self.table, dialect)
+        listens = links.get("sync")
+        self._listener = None
+        if isinstance(listens, SyncLink) and listens.engine.dialect.driver == "psycopg":
+            self._listener = Listener(partial(listens.subscriber, self.timeout))
         self._links = links
         self._colour, self._link = next(iter(links.items()))
         self._views: dict[str, SQLBackend] = {self._colour: self}
@@ -209,7 +214,11 @@ class SQLBackend(Backend):
         async def runs() -> bool:
             return await self._run(lambda connection: make.runs(connection, rid, token), min(timeout, self.timeout))
 
-        await poll(runs, self._link.sleep, timeout)
+        link = self._link
+        if self._listener is None:
+            await poll(runs, link.sleep, timeout)
+        else:
+            await self._listener.changed(rid.digest, link.waiter(), runs, link.sleep, timeout, self.timeout)
 
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         last = ""
@@ -227,6 +236,8 @@ class SQLBackend(Backend):
         return await self._run(lambda connection: self._statements.purge(connection, limit), self.timeout)
 
     def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
         link = self._links.get("sync")
         if isinstance(link, SyncLink):
             link.close()
