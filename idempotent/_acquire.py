@@ -12,7 +12,9 @@ Between processes the backend wakes one waiter of each, and the quickest gets th
 quickest by nature, so it steps back for a moment where it has met others lately, or has had its way for long.
 """
 
+import functools
 import os
+import socket
 import sys
 import threading
 import weakref
@@ -23,7 +25,7 @@ from typing import Any, Protocol, Self
 
 from idempotent import _flow as flow
 from idempotent import events
-from idempotent._record import ATTEMPT_BYTES, Answer, Busy, Claim, Granted, Record, RecordId
+from idempotent._record import ATTEMPT_BYTES, OWNER_BYTES, Answer, Busy, Claim, Granted, Record, RecordId
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend
 from idempotent.errors import BackendError, BackendUnavailable, LockError, LockLost, NotHeld
@@ -130,6 +132,16 @@ class _Thread:
 
 
 _here = threading.local()
+
+
+def _owner() -> bytes:
+    """What a lock's record says of its holder."""
+    return f"{os.getpid()}@{_host()}".encode(errors="replace")[:OWNER_BYTES]
+
+
+@functools.cache
+def _host() -> str:
+    return socket.gethostname()
 
 
 class Asker:
@@ -568,7 +580,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: _Place, until: flo
         held.answer_due = now + 0.9 * min(plan.lease, plan.backend.timeout)
         try:
             reply: Claim = await plan.backend.claim(
-                rid, attempt=held.attempt, fingerprint=b"", lease=plan.lease, keep=_KEEP, takeover=True
+                rid, attempt=held.attempt, fingerprint=b"", lease=plan.lease, keep=_KEEP, takeover=True, owner=_owner()
             )
         except BackendError as error:
             held.report("backend_error", error=error)
@@ -717,10 +729,10 @@ async def extend(driver: Driver, held: Held, lease: float | None) -> None:
     """
     held.check()
     plan = held.plan if lease is None else held.plan.leased(lease)
-    await _still(driver, held)
-    sent = driver.now()
-    valid_until = sent + plan.lease * (1 - flow._MARGIN)
+    valid_until = held.valid_until
     try:
+        await _still(driver, held)
+        valid_until = driver.now() + plan.lease * (1 - flow._MARGIN)
         answer = await plan.backend.renew(held.rid, attempt=held.attempt, token=held.token, lease=plan.lease)
         if answer is Answer.DONE:
             held.plan, held.valid_until = plan, valid_until

@@ -179,6 +179,7 @@ class Run:
         "forks",
         "lost",
         "plan",
+        "raised",
         "rid",
         "token",
         "unprotected",
@@ -209,6 +210,8 @@ class Run:
         """The driver's own mark while it beats for this run."""
         self.flight: Flight | None = None
         self.waited = False
+        self.raised = False
+        """The function itself has raised."""
         self.forks = _forks
 
     @property
@@ -226,7 +229,8 @@ class Run:
     ) -> None:
         """Count the event and tell the hooks."""
         plan = self.plan
-        plan.stats[name] = plan.stats.get(name, 0) + 1
+        with _counting:
+            plan.stats[name] = plan.stats.get(name, 0) + 1
         if events.wanted(plan.hooks, name):
             token = self.token if token is None else token
             kind = None if error is None else type(error).__name__
@@ -310,6 +314,7 @@ class Running:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._call._over = True
+        self._call._run.raised = error is not None
         try:
             _current.reset(self._token)
         except ValueError:
@@ -441,6 +446,7 @@ class Flights:
         self._by_key: dict[str, Flight] = {}
 
 
+_counting = threading.RLock()  # a hook, a signal's or the collector's, may count while this thread does
 _forks = 0
 """How often this process's line has been forked: a run belongs to the process that began it."""
 _all_flights: weakref.WeakSet[Flights] = weakref.WeakSet()
@@ -458,9 +464,9 @@ def flights_of(backend: Backend) -> Flights:
 
 
 def _after_fork() -> None:
-    global _forks, _of_backend_lock
+    global _counting, _forks, _of_backend_lock
     _forks += 1
-    _of_backend_lock = threading.Lock()
+    _counting, _of_backend_lock = threading.RLock(), threading.Lock()
     for flights in list(_all_flights):
         flights.reset()
 
@@ -787,7 +793,7 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
             run.report("unknown" if unknown else "released", error=error)
             return
         ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), None)
-        if ttl is not None:
+        if ttl is not None and run.raised:
             await _record_error(driver, run, error, ttl)
             return
 
@@ -799,6 +805,8 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
 
         released = await _confirm(driver, run, release)
         run.report("released" if released else "not_stored", error=error)
+        if not released:
+            error.add_note("idempotent: the key could not be released and stays claimed until its lease ends")
     except LeaseLost as lost:
         error.add_note(f"idempotent: {lost}")
     except Exception as failure:

@@ -49,7 +49,8 @@ The owner's commands; `own` means that attempt and token are those in the record
 What a release or a forget leaves is a tombstone, the withdrawn record, for longer than a command can be in flight.
 It keeps the token: a claim that read the clock before the release and is applied after it is granted a higher one all
 the same, and an owner of a lower one is told STALE. And it keeps the attempt: the release, sent twice, knows itself
-and says DONE again, and its claim cannot be applied once more. To everybody else it is an absent record.
+and says DONE again, and its claim cannot be applied once more; a forget, which brings an id of its own, knows itself
+likewise and says again what it found. To everybody else it is an absent record.
 
 A release whose token is None takes back a claim that was never confirmed: it knows itself by its attempt alone and
 leaves a tombstone even where it finds nothing, so that the claim cannot be applied after it. A record has one
@@ -72,8 +73,6 @@ from idempotent._record import (
 
 TOMBSTONE = 10_000_000
 """How long a withdrawn record is remembered, in microseconds: longer than a command can be in flight."""
-NOBODY = bytes(8)
-"""The attempt in the tombstone of a forgotten record: whoever ran it may claim the key again."""
 
 
 class Ask(NamedTuple):
@@ -88,6 +87,8 @@ class Ask(NamedTuple):
     """Run again after a crash; False: the record of a dead runner becomes unknown."""
     over: int | None = None
     """The token of the dead runner whose record this claim may take, if it is still that one's."""
+    owner: bytes = b""
+    """What the running record says of its runner."""
 
 
 def on_claim(row: Row | None, ask: Ask, now: int) -> tuple[Claim, Row | None]:
@@ -163,9 +164,17 @@ def on_release(
     return Answer.DONE, _withdrawn(row, attempt, now)
 
 
-def on_forget(row: Row, now: int) -> Row:
-    """The row to store instead of a record that is forgotten."""
-    return _withdrawn(row, NOBODY, now)
+def on_forget(row: Row | None, attempt: bytes, now: int, *, force: bool) -> tuple[Row | None, Row | None]:
+    """The record that a forget with its own id `attempt` finds, and the row to store (None: leave it)."""
+    if row is None or (row.expires is not None and row.expires <= now):
+        return None, None
+    if row.state is State.WITHDRAWN:
+        if row.attempt != attempt or not row.lease:
+            return None, None
+        return row._replace(state=State(chr(row.lease)), lease=0, lease_until=now), None
+    if row.state is State.RUNNING and not force:
+        return row, None
+    return row, _withdrawn(row, attempt, now)._replace(lease=ord(row.state.value))
 
 
 def _withdrawn(row: Row | None, attempt: bytes, now: int) -> Row:
@@ -188,7 +197,7 @@ def _grant(row: Row | None, ask: Ask, now: int, *, took_over: bool) -> tuple[Cla
     token = now if row is None else max(row.token + 1, now)
     # An operator who settles a dead run knows its key alone: the arguments' digest stays.
     fingerprint = ask.fingerprint or (row.fingerprint if row is not None and took_over else b"")
-    granted = Row(State.RUNNING, token, ask.attempt, fingerprint, now)
+    granted = Row(State.RUNNING, token, ask.attempt, fingerprint, now, body=ask.owner)
     if ask.keep is not None:
         granted = granted._replace(expires=now + ask.lease + ask.keep)
     granted = _leased(granted, ask.lease, now)

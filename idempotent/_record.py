@@ -18,6 +18,8 @@ LOCKS = "l"
 
 ATTEMPT_BYTES = 8
 FINGERPRINT_BYTES = 16
+OWNER_BYTES = 200
+"""At most."""
 
 StateName = Literal["running", "completed", "failed", "unknown"]
 
@@ -89,12 +91,14 @@ class Row(NamedTuple):
     since: int
     """When the record reached this state."""
     lease: int = 0
+    """Running only; in the tombstone of a forgotten record the code of its state's letter."""
     lease_until: int = 0
     """Running only: when the lease ends unless it is renewed."""
     expires: int | None = None
     """When the row counts as absent; None: it stays until someone settles it."""
     codec: str = ""
     body: bytes = b""
+    """The outcome; until there is one, what the claim said of its owner."""
 
 
 class Granted(NamedTuple):
@@ -173,12 +177,15 @@ class Record(NamedTuple):
     codec: str
     size: int
     """Bytes of the stored outcome."""
+    owner: str = ""
+    """What the claim said of who runs it; "": nothing, or it runs no more."""
 
 
 def describe(rid: RecordId, row: Row, now: int) -> Record | None:
     """`row` as a Record at instant `now`; None for a tombstone or a row past its retention."""
     if row.state is State.WITHDRAWN or (row.expires is not None and row.expires <= now):
         return None
+    settled = row.state in (State.COMPLETED, State.FAILED)
     return Record(
         state=_NAMES[row.state],
         namespace=rid.namespace,
@@ -190,7 +197,8 @@ def describe(rid: RecordId, row: Row, now: int) -> Record | None:
         lease_left=min(row.lease_until - now, row.lease) / 1e6 if row.state is State.RUNNING else None,
         expires_in=None if row.expires is None else (row.expires - now) / 1e6,
         codec=row.codec,
-        size=len(row.body),
+        size=len(row.body) if settled else 0,
+        owner="" if settled else row.body.decode(errors="replace"),
     )
 
 
@@ -208,14 +216,15 @@ _NAMES: dict[State, StateName] = {
 #          1  1  state letter                          18  8  attempt
 #          2  8  token                                 26  1  length of the fingerprint (0 or 16), then it
 #
-#   running, unknown, withdrawn: then  8 lease, 8 lease_until, 8 expires (0: None)
+#   running, unknown, withdrawn: then  8 lease, 8 lease_until, 8 expires (0: None),
+#                                      1 length of the owner, then it.
 #   completed, failed:           then  1 length of the codec, the codec, the body to the end.
 #                                The backend's own expiry is their `expires`.
 # A completed record costs 44 bytes and the codec's name over its body.
 
 MAGIC = 0xD1
 _HEAD = struct.Struct(">BcQQ8sB")
-_TAIL = struct.Struct(">QQQ")
+_TAIL = struct.Struct(">QQQB")
 
 
 def pack(row: Row) -> bytes:
@@ -234,7 +243,7 @@ def pack(row: Row) -> bytes:
     if row.state in (State.COMPLETED, State.FAILED):
         codec = row.codec.encode()
         return b"%b%c%b%b" % (head, len(codec), codec, row.body)
-    return head + _TAIL.pack(row.lease, row.lease_until, row.expires or 0)
+    return head + _TAIL.pack(row.lease, row.lease_until, row.expires or 0, len(row.body)) + row.body
 
 
 def unpack(data: bytes) -> Row:
@@ -259,10 +268,13 @@ def unpack(data: bytes) -> Row:
                 codec=data[at + 1 : body].decode(),
                 body=data[body:],
             )
-        lease, lease_until, expires = _TAIL.unpack(data[at:])
+        lease, lease_until, expires, size = _TAIL.unpack_from(data, at)
+        owner = data[at + _TAIL.size :]
+        if len(owner) != size:
+            raise ValueError
     except (struct.error, ValueError, IndexError):
         raise BackendError(
             "the bytes under this key are no record of ours; nothing ran and nothing was overwritten."
             " Give the backend a prefix of its own"
         ) from None
-    return Row(state, token, attempt, fingerprint, since, lease, lease_until, expires or None)
+    return Row(state, token, attempt, fingerprint, since, lease, lease_until, expires or None, body=owner)

@@ -17,18 +17,26 @@ __all__ = ["Signals", "TaskWaiter", "ThreadWaiter"]
 class ThreadWaiter:
     """One wait of one thread."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_gate", "_woken")
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._gate = threading.Lock()  # no Event: the collector may wake it in the midst of its own wait
+        self._gate.acquire()
+        self._woken = False
 
     def wake(self) -> None:
         """End the wait. Any thread may call it, any number of times."""
-        self._event.set()
+        self._woken = True
+        try:
+            self._gate.release()
+        except RuntimeError:  # it is open
+            pass
 
     async def wait(self, timeout: float | None) -> bool:
         """Block the thread until `wake`, at most `timeout` seconds (None: no limit). Never suspends."""
-        return self._event.wait(timeout)
+        if not self._woken:
+            self._gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        return self._woken
 
 
 class TaskWaiter:

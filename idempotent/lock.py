@@ -7,8 +7,6 @@ locking", 2016).
 
 import functools
 import inspect
-import os
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,25 +48,25 @@ class LockInfo:
     """The fencing token of the hold."""
     attempt: str
     """Hex id of the hold."""
-    host: str | None
-    """The holder's host; None where another process holds the lock: its record does not say."""
-    pid: int | None
-    """The holder's process; None as above."""
+    host: str
+    """The holder's host name."""
+    pid: int
+    """The holder's process on that host."""
     since: float
     """Seconds since it was acquired."""
     lease_left: float
     """Seconds until the lease ends unless it is renewed."""
 
 
-def _info(plan: Plan, rid: RecordId, record: Record | None) -> LockInfo | None:
+def _info(record: Record | None) -> LockInfo | None:
     if record is None:
         return None
-    here = plan.rooms.hold_of(rid, record.token) is not None
+    pid, _, host = record.owner.partition("@")
     return LockInfo(
         token=record.token,
         attempt=record.attempt,
-        host=socket.gethostname() if here else None,
-        pid=os.getpid() if here else None,
+        host=host,
+        pid=int(pid),
         since=record.age,
         lease_left=record.lease_left or 0.0,
     )
@@ -477,8 +475,7 @@ class Lock:
 
     def info(self) -> LockInfo | None:
         """Who holds the lock; None: nobody."""
-        plan = self._options.plan()
-        return _info(plan, self._rid, drive(flow.read(plan, self._rid)))
+        return _info(drive(flow.read(self._options.plan(), self._rid)))
 
     def break_(self) -> bool:
         """Take the lock from whoever holds it, for operators; whether there was a hold, alive or dead.
@@ -589,8 +586,7 @@ class AsyncLock:
 
     async def info(self) -> LockInfo | None:
         """Who holds the lock; None: nobody."""
-        plan = self._options.plan()
-        return _info(plan, self._rid, await flow.read(plan, self._rid))
+        return _info(await flow.read(self._options.plan(), self._rid))
 
     async def break_(self) -> bool:
         """Take the lock from whoever holds it, for operators; whether there was a hold, alive or dead.

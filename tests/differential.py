@@ -119,6 +119,7 @@ def _choose(dice: random.Random, row: Row | None, tokens: list[int]) -> tuple[st
             "keep": dice.choice([None, KEEP]),
             "takeover": dice.random() < 0.4,
             "over": dice.choice([None, None, token]),
+            "owner": dice.choice([b"", "7@höst".encode()]),
         }
     if name == "renew":
         return name, {"attempt": attempt, "token": token, "lease": dice.choice([LEASE, 2 * LEASE])}
@@ -156,10 +157,10 @@ def _expected(row: Row | None, name: str, arguments: dict[str, Any], rid: Record
         return machine.on_settle(row, attempt, token, settled, now)
     if name == "release":
         return machine.on_release(row, attempt, token, now, unknown=arguments["unknown"])
-    found = None if row is None else describe(rid, row, now)
-    if name == "forget" and row is not None and found is not None and (found.state != "running" or arguments["force"]):
-        return found, machine.on_forget(row, now)
-    return found, None
+    found, changed = row, None
+    if name == "forget":
+        found, changed = machine.on_forget(row, attempt, now, force=arguments["force"])
+    return None if found is None else describe(rid, found, now), changed
 
 
 def _compare(
@@ -172,6 +173,9 @@ def _compare(
     before: int,
     after: int,
 ) -> str:
+    if name == "forget":  # with an id of its own, which only its tombstone tells
+        new = stored is not None and (row is None or stored.attempt != row.attempt)
+        arguments = {**arguments, "attempt": stored.attempt if stored is not None and new else b"itsown.."}
     (early, early_row), (late, late_row) = (_expected(row, name, arguments, rid, now) for now in (before, after))
     if not _between(reply, early, late):
         return f"replied {reply}, not {early} to {late}"

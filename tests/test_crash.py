@@ -16,20 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio
 from colours import COLOURS, Colour
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from idempotent import (
     Applied,
+    Backend,
     BackendError,
     CallError,
     InProgress,
     LeaseLost,
     NotApplied,
     OutcomeUnknown,
+    RedisBackend,
+    SQLBackend,
     StillUnknown,
     _config,
     current_call,
 )
+from idempotent._options import split_url
+from idempotent._record import Granted, RecordId
+from idempotent.backends._engines import twins
 
 LEASE = 2.0
 
@@ -353,6 +361,45 @@ def test_a_forked_child_has_connections_of_its_own(shared_backend_url: str, colo
         child.join(30)
         assert child.exitcode == 0
     assert collections.Counter(order for order, _ in happened(effects))["o2"] == 1
+
+
+@pytest.mark.parametrize("shared_backend_url", ["redis", "postgres", "mariadb"], indirect=True)
+def test_a_forked_child_leaves_the_connections_of_a_ready_made_async_client_alone(shared_backend_url: str) -> None:
+    async def storm(backend: Backend, me: str) -> list[bool]:
+        rids = [RecordId(me, str(n)) for n in range(100)]
+        right = []
+        for rid in rids:
+            ask = {"attempt": me.encode(), "fingerprint": b"", "lease": 30, "keep": 1, "takeover": True}
+            granted = await backend.claim(rid, **ask)
+            found = await backend.read(rid)
+            right.append(isinstance(granted, Granted) and found is not None and found.token == granted.token)
+        return right
+
+    if shared_backend_url.startswith("redis"):
+        bare, options = split_url(shared_backend_url, ("prefix",))
+        backend: Any = RedisBackend(redis.asyncio.Redis.from_url(bare), prefix=options["prefix"])
+    else:
+        bare, options = split_url(shared_backend_url, ("table",))
+        backend = SQLBackend(create_async_engine(twins(bare)[1]), table=options["table"])
+    with asyncio.Runner() as runner:
+        runner.run(backend.read(RecordId("n", "k")))
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                asyncio.set_event_loop(None)
+                with asyncio.Runner() as own:
+                    assert own.run(storm(backend, "children")) == [True] * 100
+                os.write(write, b"right")
+            finally:
+                os._exit(0)
+        os.close(write)
+        assert runner.run(storm(backend, "parents.")) == [True] * 100
+        with open(read, "rb") as pipe:
+            assert pipe.read() == b"right"
+        os.waitpid(child, 0)
+        link = backend._link
+        runner.run(link._given.disconnect() if isinstance(backend, RedisBackend) else link._engines.dispose())
 
 
 def test_a_child_forked_inside_a_call_does_not_end_it(shared_backend_url: str, effects: Path) -> None:

@@ -5,6 +5,7 @@ collector come at a bad moment.
 import asyncio
 import functools
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -140,6 +141,22 @@ def test_an_outage_past_the_lease_is_not_asked_about_in_a_hurry(gate: Gate) -> N
         assert backend.calls.count("renew") - asked <= 8
 
     idempotent(backend=backend, lease=0.3)(work)()
+
+
+def test_events_are_counted_right_by_many_threads() -> None:
+    work = idempotent(lambda n: n, backend=LocalBackend(), key="{n}", namespace="n")
+    work(1)
+    before, threads = sys.getswitchinterval(), [threading.Thread(target=lambda: [work(1) for _ in range(2000)])]
+    threads += [threading.Thread(target=threads[0]._target) for _ in range(7)]  # type: ignore[attr-defined]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert work.stats()["replayed"] == 16_000
 
 
 # ---------------------------------------------------------------------------------------------- the listener's bell

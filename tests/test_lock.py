@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -700,6 +701,38 @@ def test_an_extension_that_is_not_confirmed_promises_the_shorter_lease(kind: Kin
         hold.extend(60)
     assert hold.remaining() <= 5
     hold.release()
+
+
+def test_an_extension_that_is_cancelled_during_a_renewal_leaves_the_heartbeat() -> None:
+    async def main() -> None:
+        under_way, let_go, renewals = asyncio.Event(), asyncio.Event(), []
+
+        class Slow(LocalBackend):
+            def asynchronous(self) -> "Slow":
+                return self
+
+            async def renew(self, *args: Any, **kwargs: Any) -> Any:
+                renewals.append(1)
+                under_way.set()
+                await let_go.wait()
+                return await super().renew(*args, **kwargs)
+
+        hold = await AsyncLock("l", backend=Slow(), lease=1).acquire()
+        assert hold is not None
+        await asyncio.wait_for(under_way.wait(), 20)
+        extending = asyncio.ensure_future(hold.extend())
+        await asyncio.sleep(0)
+        extending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await extending
+        let_go.set()
+        async with asyncio.timeout(20):
+            while len(renewals) < 3:
+                await asyncio.sleep(0.01)
+        hold.check()
+        await hold.release()
+
+    asyncio.run(main())
 
 
 def test_on_lost_calls_back_at_the_deadline_although_a_renewal_hangs(kind: Kind) -> None:
@@ -1456,13 +1489,13 @@ def test_breaking_a_lock_of_this_process_tells_its_holder_at_once(kind: Kind) ->
     waiter.result(30).release()
 
 
-def test_another_processes_hold_is_described_without_host_and_pid(
-    kind: Kind, backend_url: str, _fresh: contextlib.ExitStack
+def test_another_processes_hold_is_described_with_its_host_and_pid(
+    kind: Kind, shared_backend_url: str, hire: Callable[..., Worker]
 ) -> None:
-    hold = kind.lock(backend=apart(backend_url, _fresh)).acquire()
-    info = kind.lock(backend=backend_url).info()
-    assert (info.token, info.host, info.pid) == (hold.token, None, None)
-    hold.release()
+    worker = hire()
+    token = worker.hold()
+    info = kind.lock(backend=shared_backend_url).info()
+    assert (info.token, info.host, info.pid) == (token, socket.gethostname(), worker.process.pid)
 
 
 def test_what_happens_is_told(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from idempotent._machine import NOBODY, TOMBSTONE, Ask, on_claim, on_forget, on_release, on_renew, on_settle
+from idempotent._machine import TOMBSTONE, Ask, on_claim, on_forget, on_release, on_renew, on_settle
 from idempotent._record import Answer, Busy, Granted, Mismatched, Row, Settled, State, Unknown
 
 A, B, C = b"attemptA", b"attemptB", b"attemptC"
@@ -358,10 +358,44 @@ def test_an_owner_learns_from_a_tombstone_that_it_was_overtaken(command: Command
 
 
 @pytest.mark.parametrize("found", RECORDS, ids=by_state)
-def test_a_forgotten_record_leaves_a_tombstone_that_is_nobodys(found: Row) -> None:
-    row = on_forget(found, SOON)
-    assert row == tombstone(NOBODY, SOON)
+def test_a_forgotten_record_leaves_a_tombstone_from_which_its_runner_may_claim_again(found: Row) -> None:
+    forgotten, row = on_forget(found, C, SOON, force=True)
+    assert forgotten == found
+    assert row == tombstone(C, SOON)._replace(lease=ord(found.state.value))
     assert on_claim(row, ask(A), SOON + 1) == (Granted(SOON + 1), runs(A, SOON + 1, SOON + 1))
+
+
+@pytest.mark.parametrize("found", RECORDS, ids=by_state)
+def test_a_forget_sent_twice_says_twice_what_it_found_and_another_finds_nothing(found: Row) -> None:
+    _, row = on_forget(found, C, SOON, force=True)
+    again, changed = on_forget(row, C, SOON + 1, force=True)
+    assert again is not None
+    assert (again.state, again.token, changed) == (found.state, found.token, None)
+    assert on_forget(row, B, SOON + 1, force=True) == (None, None)
+    assert on_forget(row, C, SOON + TOMBSTONE, force=True) == (None, None)
+
+
+def test_a_running_record_is_forgotten_only_by_force() -> None:
+    assert on_forget(RUNNING, C, SOON, force=False) == (RUNNING, None)
+
+
+@pytest.mark.parametrize("found", [None, WITHDRAWN, COMPLETED._replace(expires=SOON)], ids=by_state)
+def test_where_there_is_no_record_there_is_nothing_to_forget(found: Row | None) -> None:
+    assert on_forget(found, C, SOON, force=True) == (None, None)
+
+
+def test_a_record_says_who_runs_it_until_it_is_settled() -> None:
+    _, row = on_claim(None, ask(A)._replace(owner=b"me"), SINCE)
+    assert row is not None
+    for kept in (on_renew(row, A, SINCE, LEASE, SOON)[1], on_release(row, A, SINCE, SOON, unknown=True)[1]):
+        assert kept is not None
+        assert kept.body == b"me"
+    _, released = on_release(row, A, SINCE, SOON)
+    assert released is not None
+    assert released.body == b""
+    _, taken = on_claim(row, ask(B)._replace(owner=b"you"), LATE)
+    assert taken is not None
+    assert taken.body == b"you"
 
 
 # ------------------------------------------------------------------------------------------------- withdrawing
@@ -437,7 +471,8 @@ def test_a_token_grows_over_release_and_forget_also_for_a_claim_that_read_the_cl
     first, row = on_claim(None, ask(A), SINCE)
     assert isinstance(first, Granted)
     assert row is not None
-    left = on_forget(row, SINCE + 1) if forgotten else on_release(row, A, first.token, SINCE + 1)[1]
+    forget = on_forget(row, C, SINCE + 1, force=True)
+    left = forget[1] if forgotten else on_release(row, A, first.token, SINCE + 1)[1]
     for behind in (0, 5):
         second, _ = on_claim(left, ask(B), SINCE - behind)
         assert second == Granted(first.token + 1)

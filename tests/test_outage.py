@@ -18,10 +18,12 @@ from idempotent import (
     BackendUnavailable,
     Event,
     LeaseLost,
+    LocalBackend,
     ResultUnavailable,
     UnprotectedWarning,
     configure,
     current_call,
+    idempotent,
     open_backend,
 )
 from idempotent import _flow as flow
@@ -172,8 +174,33 @@ def test_a_failed_release_is_a_note_on_the_functions_own_error(faulty: Faulty, c
 
     charge = colour.define(charge, backend=faulty, lease=0.2)
     faulty.plant("release", "before", times=10_000)
-    with pytest.raises(KeyError, match="own"):
+    with pytest.raises(KeyError, match="own") as caught:
         colour.call(charge)
+    assert "stays claimed until its lease ends" in caught.value.__notes__[0]
+
+
+def test_an_error_before_the_function_ran_is_not_recorded_as_its_own(effects: Counter) -> None:
+    async def inner() -> None: ...
+
+    behind = idempotent(lambda: inner(), backend=LocalBackend(), key="k", namespace="n", error_ttl={Exception: 60})
+    with pytest.raises(TypeError, match="has not run"):
+        behind()
+    assert behind.peek() is None
+
+
+def test_a_heartbeat_that_cannot_be_started_is_not_the_functions_error(
+    effects: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = idempotent(backend=LocalBackend(), key="k", namespace="n", error_ttl={Exception: 60})(effects.hit)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            work()
+    assert work() == effects.count == 1
 
 
 def test_renewals_that_fail_are_tried_again_and_the_lease_holds(

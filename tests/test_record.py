@@ -172,7 +172,8 @@ def test_the_envelope_is_laid_out_as_drawn() -> None:
     assert running[18:26] == ATTEMPT
     assert running[26:43] == b"\x10" + ARGS
     assert [int.from_bytes(running[at : at + 8], "big") for at in (43, 51, 59)] == [4, 5, 6]
-    assert len(running) == 67
+    assert len(running) == 68
+    assert pack(Row(State.RUNNING, 2, ATTEMPT, ARGS, 3, 4, 5, 6, body=b"7@here"))[67:] == b"\x067@here"
     completed = pack(Row(State.COMPLETED, 2, ATTEMPT, b"", 3, codec="json", body=b"null"))
     assert completed[26:] == b"\x00" + b"\x04json" + b"null"
 

@@ -168,6 +168,7 @@ OPERATIONS: dict[str, Any] = {
     ),
     "renew": lambda commands, rid, token: commands.renew(rid, attempt=A, token=token, lease=40.0),
     "release": lambda commands, rid, token: commands.release(rid, attempt=A, token=token),
+    "forget": lambda commands, rid, token: commands.forget(rid, force=True),
 }
 
 
@@ -205,6 +206,10 @@ def test_an_operation_cut_at_any_byte_is_answered_or_refused_and_its_repeat_agre
             elif operation == "release":
                 assert reply in (None, Answer.DONE)
                 assert (repeat, stored) == (Answer.DONE, None)
+            elif operation == "forget":
+                assert reply is not None
+                assert (reply.state, reply.token) == ("running", token)
+                assert (repeat, stored) == (None, None)  # another forget finds nothing
             else:
                 assert reply in (None, Answer.DONE)
                 assert repeat is Answer.DONE

@@ -267,6 +267,7 @@ OPERATIONS: dict[str, Any] = {
     ),
     "renew": lambda commands, rid, token: commands.renew(rid, attempt=A, token=token, lease=40.0),
     "release": lambda commands, rid, token: commands.release(rid, attempt=A, token=token),
+    "forget": lambda commands, rid, token: commands.forget(rid, force=True),
 }
 
 
@@ -305,6 +306,10 @@ def test_an_operation_cut_at_any_byte_is_answered_or_refused_and_its_repeat_agre
             elif operation == "release":
                 assert reply in (None, Answer.DONE)
                 assert (repeat, stored) == (Answer.DONE, None)
+            elif operation == "forget":
+                assert reply is not None
+                assert (reply.state, reply.token) == ("running", token)
+                assert (repeat, stored) == (None, None)  # another forget finds nothing
             else:
                 assert reply in (None, Answer.DONE)
                 assert repeat is Answer.DONE
@@ -388,6 +393,80 @@ def test_ended_connections_between_calls_and_during_one_are_made_again(
     end_connections(own_server)
     assert colour.call(work, 2) == 2
     assert ended >= 3
+
+
+@on_each_database
+def test_a_row_that_is_no_record_is_refused_and_left_alone(
+    backend_url: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    work = colour.define(effects.hit, backend=opened(backend_url), key="k", namespace="n")
+    colour.call(work)
+    table = table_of(backend_url)
+    with engine_of(backend_url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:
+        connection.execute(table.update().values(state="X"))
+        before = connection.execute(table.select()).all()
+        for ask in (work, work.outcome, work.peek, work.explain, work.forget):
+            with pytest.raises(BackendError, match="no record of ours") as caught:
+                colour.call(ask)
+            assert not isinstance(caught.value, BackendUnavailable)
+        assert connection.execute(table.select()).all() == before
+    assert effects.count == 1
+
+
+@on_each_database
+def test_a_row_that_the_database_refuses_is_an_error_and_no_endless_loop(
+    backend_url: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    work = colour.define(lambda n: effects.hit(), backend=opened(backend_url), namespace="n", key="{n}")
+    colour.call(work, 1)
+    table = table_of(backend_url).name
+    with engine_of(backend_url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE UNIQUE INDEX only_one_{table} ON {table} (space)"))
+    with pytest.raises(BackendError, match="(?i)unique|duplicate"):
+        colour.call(work, 2)
+    assert effects.count == 1
+
+
+@pytest.mark.parametrize("trouble", ["its pool is used up", "its server is frozen"])
+def test_a_ready_made_engine_is_given_up_in_our_time_and_not_in_its_own(
+    own_server: Server, table: str, trouble: str, opened: Callable[..., SQLBackend]
+) -> None:
+    with engine_of(own_server.url, pool_size=1, max_overflow=0, pool_timeout=60) as engine:
+        backend = opened(engine, table=table, timeout=0.5)
+        drive(backend.read(RecordId("n", "k")))
+        taken = engine.connect()
+        if trouble == "its server is frozen":
+            taken.detach()
+            own_server.freeze()
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable):
+            drive(backend.read(RecordId("n", "k")))
+        assert time.monotonic() - began < 5
+        own_server.thaw()
+        taken.close()
+        eventually(lambda: engine.pool.checkedout() == 0)
+        assert drive(backend.read(RecordId("n", "k"))) is None
+
+
+@on_each_server
+def test_a_connection_whose_making_was_interrupted_is_closed(
+    backend_url: str, opened: Callable[..., SQLBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = opened(backend_url).blocking()._link  # type: ignore[attr-defined]
+    connect, made = link.engine.dialect.connect, []
+    monkeypatch.setattr(link.engine.dialect, "connect", lambda *a, **k: made.append(connect(*a, **k)) or made[-1])
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "idempotent-connect":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drive(link.run(lambda connection: None, time.monotonic() + 20))
+    eventually(lambda: made and (made[0].closed if hasattr(made[0], "closed") else not made[0].open))
 
 
 @on_each_database
@@ -1012,7 +1091,7 @@ def test_the_own_pool_that_is_used_up_runs_nothing_until_it_has_room(
             assert held.wait(30)
 
         if colour.is_async:
-            engine = await link._engines.get()
+            engine = (await link._engines.get()).engine
             taken = [await engine.connect() for _ in range(_engines._CONNECTIONS)]
             with pytest.raises(BackendUnavailable):
                 await work()

@@ -27,6 +27,7 @@ from idempotent.errors import BackendError
 __all__ = ["links_of", "twins"]
 
 R = TypeVar("R")
+C = TypeVar("C")
 
 _CONNECTIONS = 8
 """Connections of an engine of ours; a call that finds none free waits for one within its deadline."""
@@ -181,6 +182,14 @@ class _ForkGuard:
             )
 
 
+class _Here(threading.local):
+    """What a thread is about."""
+
+    deadline: float | None = None
+    """Monotonic seconds: when its command is given up; None: no command of ours is under way."""
+    watches: contextlib.ExitStack
+
+
 class SyncLink:
     """Runs statements on the calling thread; `timeout`: what the engine was made with, None: it was given ready-made."""
 
@@ -193,15 +202,14 @@ class SyncLink:
         self._closed = False
         self._free = threading.Semaphore(_CONNECTIONS)
         self._held = 0
-        self._here = threading.local()
+        self._here = _Here()
         self._is_sqlite = engine.dialect.name == "sqlite"
-        if timeout is not None and not self._is_sqlite:
+        if not self._is_sqlite:
             mine = weakref.ref(self)  # SQLAlchemy's caches keep dialects and their listeners alive
 
             def connect(*event: Any) -> Any:
                 link = mine()
-                assert link is not None
-                return link._connect(*event)
+                return None if link is None else link._connect(*event)
 
             event.listen(engine, "do_connect", connect)
         _links.add(self)
@@ -209,50 +217,47 @@ class SyncLink:
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
         """`work` on a connection, given up at monotonic `deadline`."""
         self._guard.check()
-        if self._timeout is None:
-            with self.engine.connect() as connection:
-                return _guarded(connection, work, deadline, None)
-        with self._room(deadline), self.engine.connect() as connection:
+        with self._until(deadline), self._checkout(self.engine.connect) as connection:
             return _guarded(connection, work, deadline, self._timeout)
 
     @contextlib.contextmanager
-    def _room(self, deadline: float) -> Iterator[None]:
-        """One of the connections' places, until monotonic `deadline`."""
-        free = self._free
-        if not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+    def _until(self, deadline: float) -> Iterator[None]:
+        """What this thread does on the engine meanwhile ends at monotonic `deadline`."""
+        free = self._free if self._timeout is not None else None  # else its owner's pool counts
+        if free is not None and not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TimeoutError("the deadline passed before a connection was free")
+        here = self._here
         try:
-            with contextlib.ExitStack() as self._here.watches:
-                self._here.deadline = deadline
+            with contextlib.ExitStack() as here.watches:
+                here.deadline = deadline
                 yield
         finally:
-            free.release()
+            here.deadline = None
+            if free is not None:
+                free.release()
             if self._closed:  # whoever closes it waits for no command, and may be followed by some
                 self.engine.pool.dispose()
 
+    def _checkout(self, connect: Callable[[], C]) -> C:
+        """A connection of the pool; that of a ready-made engine may wait longer than we may."""
+        pool, deadline = self.engine.pool, self._here.deadline
+        if self._timeout is None and not self._is_sqlite and isinstance(pool, sa.QueuePool) and not pool.checkedin():
+            assert deadline is not None
+            return _within(deadline, connect)
+        return connect()
+
     def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        """Connect on a thread of its own: drivers count in whole seconds, and libpq in no fewer than two."""
-        deadline = self._here.deadline
-        future: Future[Any] = Future()
+        """Connect within the deadline: drivers count in whole seconds, and libpq in no fewer than two."""
+        here = self._here
+        deadline = here.deadline
+        if deadline is None:  # the owner of a ready-made engine connects
+            return None
 
-        def connect() -> None:
-            try:
-                future.set_result(dialect.connect(*arguments, **options))
-            except BaseException as error:
-                future.set_exception(error)
+        def watch(connection: Any) -> None:
+            # What SQLAlchemy asks of a new connection has no deadline either.
+            here.watches.enter_context(_watchdog.watching(_descriptor(connection), deadline))
 
-        try:
-            threading.Thread(target=connect, name="idempotent-connect", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(f"no connection can be made: {error}") from error
-        try:
-            connection = future.result(max(0.0, deadline - time.monotonic()))
-        except BaseException:
-            future.add_done_callback(_close_late)
-            raise
-        # What SQLAlchemy asks of a new connection has no deadline either.
-        self._here.watches.enter_context(_watchdog.watching(_descriptor(connection), deadline))
-        return connection
+        return _within(deadline, lambda: dialect.connect(*arguments, **options), watch)
 
     async def sleep(self, pause: float) -> None:
         """Let `pause` seconds pass."""
@@ -261,9 +266,8 @@ class SyncLink:
 
     def subscriber(self, timeout: float) -> PostgresSubscriber:
         """A connection of its own, to hear notifications on; its commands take up to `timeout` seconds each."""
-        room = contextlib.nullcontext() if self._timeout is None else self._room(time.monotonic() + timeout)
-        with room:
-            pooled = self.engine.raw_connection()
+        with self._until(time.monotonic() + timeout):
+            pooled = self._checkout(self.engine.raw_connection)
             connection = pooled.driver_connection
             pooled.detach()
         return PostgresSubscriber(connection, timeout)
@@ -296,6 +300,30 @@ class SyncLink:
         self.engine.dispose(close=False)
         self._free = threading.Semaphore(_CONNECTIONS)
         self._held = 0
+
+
+def _within(deadline: float, make: Callable[[], C], then: Callable[[C], None] | None = None) -> C:
+    """The connection that `make` gives on a thread of its own, and `then` takes on this one; closed if that is too late."""
+    future: Future[C] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        try:
+            threading.Thread(target=run, name="idempotent-connect", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(f"no connection can be made: {error}") from error
+        connection = future.result(max(0.0, deadline - time.monotonic()))
+        if then is not None:
+            then(connection)
+    except BaseException:  # a signal's, too, at any moment
+        future.add_done_callback(_close_late)
+        raise
+    return connection
 
 
 def _close_late(future: "Future[Any]") -> None:
@@ -398,7 +426,10 @@ class AsyncLink:
         """Go on."""
 
     def after_fork_in_child(self) -> None:
-        """The engines are forgotten by PerLoop."""
+        """As SyncLink does; engines of ours are forgotten by PerLoop."""
+        if isinstance(self._engines, _Shared):
+            _parents.append(self._engines.engine.pool)
+            self._engines.engine.sync_engine.dispose(close=False)
 
 
 def links_of(database: "str | Engine | AsyncEngine", timeout: float) -> tuple[str, "dict[str, SyncLink | AsyncLink]"]:

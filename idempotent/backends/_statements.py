@@ -128,6 +128,7 @@ class Statements:
                 lease=0,
                 lease_until=0,
                 expires=now + machine.TOMBSTONE,
+                body=sa.literal_column("''" if dialect == "postgresql" else "x''"),
             )
         )
         unchanged = sa.and_(
@@ -176,7 +177,7 @@ class Statements:
                 SELECT CAST(:b_id AS varchar), CAST(:space AS varchar), CAST(:namespace AS text), CAST(:key AS text),
                        'R', now, CAST(:attempt AS bytea), CAST(:fingerprint AS bytea), now, CAST(:lease AS bigint),
                        now + CAST(:lease AS bigint), now + CAST(:lease AS bigint) + CAST(:keep AS bigint),
-                       '', CAST('' AS bytea)
+                       '', CAST(:owner AS bytea)
                 FROM clock
                 ON CONFLICT (id) DO NOTHING
                 RETURNING token
@@ -221,6 +222,7 @@ class Statements:
                 "fingerprint": ask.fingerprint,
                 "lease": ask.lease,
                 "keep": ask.keep,
+                "owner": ask.owner,
             }
             while True:
                 now, token, *found = connection.execute(self._fresh, values).one()
@@ -260,6 +262,8 @@ class Statements:
             try:
                 connection.execute(self._insert, values)
             except exc.IntegrityError:
+                if self.read(connection, rid)[0] is None:
+                    raise  # nobody was quicker: something else in the database refuses the row
                 return False
             return True
         values |= self._bucket(rid) | {
@@ -330,7 +334,12 @@ class Statements:
 
 
 def _row(found: list[Any]) -> Row:
-    state, token, attempt, fingerprint, since, lease, lease_until, expires, codec, body = found
-    return Row(
-        State(state), token, bytes(attempt), bytes(fingerprint), since, lease, lease_until, expires, codec, bytes(body)
-    )
+    letter, token, attempt, fingerprint, since, lease, lease_until, expires, codec, body = found
+    try:
+        state = State(letter)
+    except ValueError:
+        raise BackendError(
+            f"the row is no record of ours (its state is {letter!r}); nothing ran and nothing was overwritten."
+            " Give the backend a table= of its own"
+        ) from None
+    return Row(state, token, bytes(attempt), bytes(fingerprint), since, lease, lease_until, expires, codec, bytes(body))

@@ -74,6 +74,7 @@ class Backend(ABC):
         keep: float | None,
         takeover: bool,
         over: int | None = None,
+        owner: bytes = b"",
     ) -> Claim:
         """Apply `_machine.on_claim` atomically and return its reply.
 
@@ -85,6 +86,7 @@ class Backend(ABC):
             keep: seconds past the lease's end that the running record is kept; None: until it is settled.
             takeover: whether a lapsed lease is taken over (True) or makes the record unknown (False).
             over: the token of a lapsed or unknown record that this claim may take over all the same.
+            owner: up to 200 bytes that `read` shows of who runs it, until it is settled.
         """
 
     @abstractmethod
@@ -115,7 +117,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
-        """Remove the record whatever its state, and wake those who wait; a running one only with `force`.
+        """Remove the record whatever its state (`_machine.on_forget`), and wake those who wait; a running one only with `force`.
 
         Returns the record that was found; where it is running and `force` is False, it is still there.
         """

@@ -14,6 +14,7 @@ from cachetools import TLRUCache
 
 from idempotent import _machine as machine
 from idempotent._record import (
+    ATTEMPT_BYTES,
     Answer,
     Claim,
     Granted,
@@ -129,6 +130,7 @@ class LocalBackend(Backend):
         keep: float | None,
         takeover: bool,
         over: int | None = None,
+        owner: bytes = b"",
     ) -> Claim:
         store = self._store
         with store.lock:
@@ -140,6 +142,7 @@ class LocalBackend(Backend):
                 None if keep is None else micros(keep),
                 takeover,
                 over,
+                owner,
             )
             reply, row = machine.on_claim(store.find(rid.text), ask, now)
             if row is not None and isinstance(reply, Granted):
@@ -201,11 +204,10 @@ class LocalBackend(Backend):
         with store.lock:
             row = store.find(rid.text)
             now = store.clock()
-            found = None if row is None else describe(rid, row, now)
-            if row is not None and found is not None and (force or found.state != "running"):
-                store.put(rid.text, machine.on_forget(row, now))
+            found, row = machine.on_forget(row, os.urandom(ATTEMPT_BYTES), now, force=force)
+            store.put(rid.text, row)
         store.signals.notify(rid.text)
-        return found
+        return None if found is None else describe(rid, found, now)
 
     async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
         store = self._store

@@ -14,8 +14,10 @@ import errno
 import hashlib
 import inspect
 import math
+import os
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from random import random
@@ -42,9 +44,11 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from idempotent import _machine as machine
 from idempotent._machine import TOMBSTONE
 from idempotent._options import split_url, timeout_of
 from idempotent._record import (
+    ATTEMPT_BYTES,
     Answer,
     Busy,
     Claim,
@@ -52,6 +56,7 @@ from idempotent._record import (
     Mismatched,
     Record,
     RecordId,
+    Row,
     Settled,
     State,
     StateName,
@@ -194,6 +199,7 @@ class RedisBackend(Backend):
         keep: float | None,
         takeover: bool,
         over: int | None = None,
+        owner: bytes = b"",
     ) -> Claim:
         ask = (
             attempt,
@@ -202,6 +208,7 @@ class RedisBackend(Backend):
             b"" if keep is None else micros(keep),
             b"1" if takeover else b"0",
             b"" if over is None else over,
+            owner,
         )
         reply = await self._run(_CLAIM, rid, ask, min(self.timeout, lease))
         kind = reply[0]
@@ -239,10 +246,16 @@ class RedisBackend(Backend):
         return _ANSWERS[await self._run(_RELEASE, rid, ask, self.timeout)]
 
     async def read(self, rid: RecordId) -> Record | None:
-        return _record(rid, await self._run(_READ, rid, (), self.timeout))
+        found = _found(await self._run(_READ, rid, (), self.timeout))
+        return None if found is None else describe(rid, *found)
 
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
-        return _record(rid, await self._run(_FORGET, rid, (b"1" if force else b"0", TOMBSTONE), self.timeout))
+        attempt = os.urandom(ATTEMPT_BYTES)
+        found = _found(await self._run(_FORGET, rid, (attempt, b"1" if force else b"0", TOMBSTONE), self.timeout))
+        if found is None:
+            return None
+        row, _ = machine.on_forget(found[0], attempt, found[1], force=force)
+        return None if row is None else describe(rid, row, found[1])
 
     async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
         async def runs() -> bool:
@@ -315,14 +328,15 @@ class RedisBackend(Backend):
             pause = min(0.25, pause * 2 or 0.005)
 
 
-def _record(rid: RecordId, reply: Any) -> Record | None:
+def _found(reply: Any) -> tuple[Row, int] | None:
+    """The row that was found, and the server's time."""
     if not reply:
         return None
     raw, now, left = reply
     row = unpack(raw)
     if row.state in (State.COMPLETED, State.FAILED) and left >= 0:
         row = row._replace(expires=now + left * 1000)
-    return describe(rid, row, now)
+    return row, now
 
 
 def _transient(error: Exception) -> bool:
@@ -436,6 +450,8 @@ class _AsyncLink:
         self._pools: PerLoop[tuple[Any, asyncio.Semaphore]] = PerLoop(
             lambda: self._make(source), lambda made: made[0].disconnect()
         )
+        if self._given is not None:
+            _given_pools.add(self._given)
 
     def _make(self, url: str) -> tuple[Any, asyncio.Semaphore]:
         options: dict[str, Any] = {
@@ -470,3 +486,19 @@ class _AsyncLink:
 
     async def aclose(self) -> None:
         await self._pools.aclose()
+
+
+_given_pools: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Pools of ready-made asynchronous clients: unlike its blocking ones, redis-py's go on with the parent's connections."""
+_parents: list[Any] = []
+"""A parent process's connections, kept from being finalized here: that could write to its sockets."""
+
+
+def _after_fork() -> None:
+    for pool in list(_given_pools):
+        _parents.append((getattr(pool, "_available_connections", None), list(getattr(pool, "_in_use_connections", ()))))
+        pool.reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

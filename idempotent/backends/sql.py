@@ -9,6 +9,7 @@ Autocommit, so no command holds a transaction or a lock longer than its own stat
 
 import asyncio
 import copy
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -27,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotent import _machine as machine
 from idempotent._options import split_url, timeout_of
-from idempotent._record import Answer, Claim, Granted, Record, RecordId, Row, State, StateName, describe
+from idempotent._record import ATTEMPT_BYTES, Answer, Claim, Granted, Record, RecordId, Row, State, StateName, describe
 from idempotent.backends._engines import AsyncLink, SyncLink, links_of
 from idempotent.backends._listener import Listener
 from idempotent.backends._statements import Statements, records_table
@@ -113,8 +114,10 @@ class SQLBackend(Backend):
         keep: float | None,
         takeover: bool,
         over: int | None = None,
+        owner: bytes = b"",
     ) -> Claim:
-        ask = machine.Ask(attempt, fingerprint, micros(lease), None if keep is None else micros(keep), takeover, over)
+        kept = None if keep is None else micros(keep)
+        ask = machine.Ask(attempt, fingerprint, micros(lease), kept, takeover, over, owner)
         make = self._statements
 
         def work(connection: Connection) -> Claim:
@@ -196,15 +199,14 @@ class SQLBackend(Backend):
 
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
         make = self._statements
+        attempt = os.urandom(ATTEMPT_BYTES)
 
         def work(connection: Connection) -> Record | None:
             while True:
                 row, now = make.read(connection, rid)
-                found = None if row is None else describe(rid, row, now)
-                if found is None or (found.state == "running" and not force):
-                    return found
-                if row is None or make.swap(connection, rid, row, machine.on_forget(row, now)):
-                    return found
+                found, changed = machine.on_forget(row, attempt, now, force=force)
+                if changed is None or make.swap(connection, rid, row, changed):
+                    return None if found is None else describe(rid, found, now)
 
         return await self._run(work, self.timeout)
 

@@ -1,10 +1,11 @@
--- on_claim. ARGV: attempt, fingerprint, lease, keep ('': until it is settled), takeover ('1', '0'), over ('': none).
+-- on_claim. ARGV: attempt, fingerprint, lease, keep ('': until it is settled), takeover ('1', '0'), over ('': none),
+-- owner.
 -- Replies: {1, token, took over}  {2, token, lease left}  {3, now, record}  {4, token, age}  {5, age, fingerprint}
 
 local GRANTED, BUSY, SETTLED, UNKNOWN, MISMATCHED = 1, 2, 3, 4, 5
 local key = KEYS[1]
 local attempt, fingerprint, lease, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local takeover, over = ARGV[5] == '1', tonumber(ARGV[6])
+local takeover, over, owner = ARGV[5] == '1', tonumber(ARGV[6]), ARGV[7]
 local raw = redis.call('GET', key)
 local row, foreign
 if raw then
@@ -19,7 +20,7 @@ local function grant(took_over)
   if took_over == 1 and fingerprint == '' then fingerprint = row.fingerprint end
   local expires = 0
   if keep then expires = now + lease + keep end
-  store(key, now, 'R', token, now, attempt, fingerprint, lease, now + lease, expires)
+  store(key, now, 'R', token, now, attempt, fingerprint, lease, now + lease, expires, owner)
   return {GRANTED, token, took_over}
 end
 
@@ -41,7 +42,7 @@ if row.state == 'R' then
   end
   if left > 0 then return {BUSY, row.token, left} end
   if takeover or over == row.token then return grant(1) end
-  store(key, now, 'U', row.token, now, row.attempt, row.fingerprint, 0, 0, 0)
+  store(key, now, 'U', row.token, now, row.attempt, row.fingerprint, 0, 0, 0, row.owner)
   return {UNKNOWN, row.token, 0}
 end
 if row.state == 'U' then

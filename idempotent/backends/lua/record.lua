@@ -35,11 +35,12 @@ local function parse(raw)
       fingerprint = string.sub(raw, 28, 27 + size),
     }
     if state == 'R' or state == 'U' or state == 'W' then
-      if #raw == 51 + size then
+      if #raw == 52 + size + (string.byte(raw, 52 + size) or 0) then
         row.since = unpack8(raw, 11)
         row.lease = unpack8(raw, 28 + size)
         row.lease_until = unpack8(raw, 36 + size)
         row.expires = unpack8(raw, 44 + size)
+        row.owner = string.sub(raw, 53 + size)
         return row
       end
     elseif (state == 'C' or state == 'F') and #raw > 27 + size + (string.byte(raw, 28 + size) or #raw) then
@@ -56,8 +57,9 @@ local function head(state, token, since, attempt, fingerprint)
 end
 
 -- Store a running, unknown or withdrawn record; `expires` 0: it stays until it is settled.
-local function store(key, now, state, token, since, attempt, fingerprint, lease, lease_until, expires)
-  local raw = head(state, token, since, attempt, fingerprint) .. pack8(lease) .. pack8(lease_until) .. pack8(expires)
+local function store(key, now, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner)
+  local raw = head(state, token, since, attempt, fingerprint)
+    .. pack8(lease) .. pack8(lease_until) .. pack8(expires) .. string.char(#owner) .. owner
   if expires == 0 then
     redis.call('SET', key, raw)
   else
@@ -71,7 +73,7 @@ local function hold(key, now, row, state, since, lease)
   if expires ~= 0 and row.lease_until ~= 0 then
     expires = now + lease + math.max(0, expires - row.lease_until)
   end
-  store(key, now, state, row.token, since, row.attempt, row.fingerprint, lease, now + lease, expires)
+  store(key, now, state, row.token, since, row.attempt, row.fingerprint, lease, now + lease, expires, row.owner)
 end
 
 local function expired(row, now)

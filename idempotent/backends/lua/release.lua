@@ -18,15 +18,15 @@ if gone(row, now) then
   if not token then
     local previous, fingerprint = 0, ''
     if row then previous, fingerprint = row.token, row.fingerprint end
-    store(key, now, 'W', previous, now, attempt, fingerprint, 0, 0, tombstone)
+    store(key, now, 'W', previous, now, attempt, fingerprint, 0, 0, tombstone, '')
   end
   return without(row, now, token)
 end
 if row.attempt ~= attempt or (token and token ~= row.token) or row.state == 'C' or row.state == 'F' then return STALE end
 if ARGV[3] == '0' then
-  store(key, now, 'W', row.token, now, attempt, row.fingerprint, 0, 0, tombstone)
+  store(key, now, 'W', row.token, now, attempt, row.fingerprint, 0, 0, tombstone, '')
 elseif row.state == 'R' then
-  store(key, now, 'U', row.token, now, row.attempt, row.fingerprint, 0, 0, 0)
+  store(key, now, 'U', row.token, now, row.attempt, row.fingerprint, 0, 0, 0, row.owner)
 end
 wake(key)
 return DONE
