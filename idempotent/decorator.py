@@ -225,13 +225,14 @@ class _Spec:
             self._make_codec(settings)
             if self._codec is not None:
                 self._codec.ready()
+            lease = options.get("lease", settings.lease)
             self._plan = Plan(
-                backend=shared.asynchronous() if self.is_async else shared.blocking(),
+                backend=(shared.asynchronous() if self.is_async else shared.blocking()).within(lease),
                 flights=flow.flights_of(shared),
                 codec=cast("Codec", self._codec),
                 namespace=self.namespace,
                 ttl=options.get("ttl", settings.ttl),
-                lease=options.get("lease", settings.lease),
+                lease=lease,
                 wait=options.get("wait", settings.wait),
                 keep_result=self.keep_result,
                 error_ttl=options.get("error_ttl", settings.error_ttl) or {},

@@ -224,6 +224,59 @@ def test_an_operation_cut_at_any_byte_is_answered_or_refused_and_its_repeat_agre
     assert refused == 0, f"{refused} of {confirmed + refused} were not sent again in time"
 
 
+@pytest.mark.parametrize("ready_made", [False, True])
+@pytest.mark.parametrize("step", ["HELLO", "CLIENT", "SELECT"])
+def test_a_handshake_that_an_interruption_ended_answers_no_later_command(
+    own_redis: Server,
+    prefix: str,
+    colour: Colour,
+    step: str,
+    ready_made: bool,
+    opened: Callable[..., RedisBackend],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class InterruptedError(BaseException):
+        """What a signal's handler raises."""
+
+    module = redis.asyncio if colour.is_async else redis
+    kind: Any = module.connection.AbstractConnection
+    send = kind.send_command
+    armed = True
+
+    def interrupts(word: object) -> bool:
+        nonlocal armed
+        fires, armed = armed and word == step, armed and word != step
+        return fires
+
+    def interrupted(self: Any, *words: Any, **options: Any) -> None:
+        send(self, *words, **options)
+        if interrupts(words[0]):
+            raise InterruptedError
+
+    async def cancelled(self: Any, *words: Any, **options: Any) -> None:
+        await send(self, *words, **options)
+        if interrupts(words[0]):
+            raise asyncio.CancelledError
+
+    url = f"redis://127.0.0.1:{own_redis.port}/3"
+    client = module.Redis.from_url(url, protocol=3)
+    with Commands(opened(client if ready_made else f"{url}?protocol=3", prefix=prefix, timeout=2), colour) as commands:
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "send_command", cancelled if colour.is_async else interrupted)
+            with pytest.raises((InterruptedError, asyncio.CancelledError)):
+                claim(commands, RecordId("n", "0"))
+        assert not armed
+        for number in "123":
+            granted = claim(commands, RecordId("n", number))
+            assert isinstance(granted, Granted)
+            assert commands.read(RecordId("n", number)).token == granted.token
+        if ready_made and colour.is_async:
+            commands._runner.run(client.aclose())
+    client.close() if not colour.is_async else None
+    with client_of(own_redis) as zero:
+        assert not list(zero.scan_iter(f"{prefix}*"))  # all are where the URL says
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_call_cut_at_any_byte_runs_at_most_once_and_the_next_call_agrees(
     own_redis: Server,
@@ -290,6 +343,30 @@ def test_a_warm_connection_to_a_frozen_server_is_given_up_too(
             assert 0.4 < time.monotonic() - began < 1.5
         own_redis.thaw()
         assert commands.read(rid).state == "running"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_frozen_server_does_not_hold_the_end_of_a_call_beyond_its_lease(
+    own_redis: Server, prefix: str, colour: Colour, raises: bool, opened: Callable[..., RedisBackend]
+) -> None:
+    def work(order: int) -> int:
+        if order:
+            own_redis.freeze()
+            if raises:
+                raise KeyError(order)
+        return order
+
+    work = colour.define(work, backend=opened(own_redis.url, prefix=prefix, timeout=5), lease=1, key="{order}")
+    colour.call(work, 0)
+    began = time.monotonic()
+    if raises:
+        with pytest.raises(KeyError):
+            colour.call(work, 1)
+    else:
+        outcome = colour.call(work.outcome, 1)
+        assert (outcome.value, outcome.stored) == (1, False)
+    assert time.monotonic() - began < 4
+    own_redis.thaw()
 
 
 def test_a_completion_outlasts_a_frozen_server(

@@ -566,6 +566,30 @@ def test_no_command_to_a_frozen_server_outlasts_its_timeout_or_its_lease(
     assert lasted["claim, lease 0.5"] < 1.2, lasted
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_frozen_server_does_not_hold_the_end_of_a_call_beyond_its_lease(
+    own_server: Server, table: str, colour: Colour, raises: bool, opened: Callable[..., SQLBackend]
+) -> None:
+    def work(order: int) -> int:
+        if order:
+            own_server.freeze()
+            if raises:
+                raise KeyError(order)
+        return order
+
+    work = colour.define(work, backend=opened(own_server.url, table=table, timeout=5), lease=1, key="{order}")
+    colour.call(work, 0)
+    began = time.monotonic()
+    if raises:
+        with pytest.raises(KeyError):
+            colour.call(work, 1)
+    else:
+        outcome = colour.call(work.outcome, 1)
+        assert (outcome.value, outcome.stored) == (1, False)
+    assert time.monotonic() - began < 4
+    own_server.thaw()
+
+
 def test_a_completion_outlasts_a_frozen_server(
     own_server: Server, table: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
 ) -> None:

@@ -63,6 +63,10 @@ class Backend(ABC):
         """The view of this store whose commands never block the loop. Raises BackendError if it has none."""
         return self
 
+    def within(self, seconds: float) -> "Backend":
+        """This view with commands that take at most `seconds`, for leases shorter than `timeout`; self where none waits."""
+        return self
+
     @abstractmethod
     async def claim(
         self,

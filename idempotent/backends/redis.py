@@ -173,6 +173,13 @@ class RedisBackend(Backend):
     def asynchronous(self) -> Backend:
         return self._view("async")
 
+    def within(self, seconds: float) -> Backend:
+        if seconds >= self.timeout:
+            return self
+        view = copy.copy(self)  # the two share everything else
+        view.timeout = seconds
+        return view
+
     def _view(self, colour: str) -> "RedisBackend":
         view = self._views.get(colour)
         if view is None:
@@ -402,6 +409,14 @@ def _named(pool: Any) -> tuple[str, ...]:
     return ("EVALSHA",) if wanted else ()
 
 
+def _drop_idle(pool: Any) -> Any:
+    """Disconnect what is not in use: a handshake that a signal or a cancellation ended is kept as if it were complete."""
+    try:
+        return pool.disconnect(inuse_connections=False)
+    except TypeError:  # redis-py 5.0's blocking pool knows all or none; whoever is cut off asks again
+        return pool.disconnect()
+
+
 class _SyncLink:
     """One connection of a redis-py pool for each command, on the calling thread."""
 
@@ -414,7 +429,13 @@ class _SyncLink:
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
         pool = self._pool
-        connection = pool.get_connection(*self._named)
+        try:
+            connection = pool.get_connection(*self._named)
+        except RedisError:
+            raise
+        except BaseException:
+            _drop_idle(pool)
+            raise
         try:
             connection.send_command(*command)
             patience = getattr(connection, "socket_timeout", None)
@@ -469,7 +490,13 @@ class _AsyncLink:
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
         pool, free = (self._given, contextlib.nullcontext()) if self._given else await self._pools.get()
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())), free:
-            connection = await pool.get_connection(*self._named)
+            try:
+                connection = await pool.get_connection(*self._named)
+            except RedisError:
+                raise
+            except BaseException:
+                await _drop_idle(pool)
+                raise
             try:
                 await connection.send_command(*command)
                 return await connection.read_response(disable_decoding=True)

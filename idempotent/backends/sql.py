@@ -91,6 +91,13 @@ class SQLBackend(Backend):
     def asynchronous(self) -> Backend:
         return self._view("async")
 
+    def within(self, seconds: float) -> Backend:
+        if seconds >= self.timeout:
+            return self
+        view = copy.copy(self)  # the two share everything else
+        view.timeout = seconds
+        return view
+
     def _view(self, colour: str) -> "SQLBackend":
         view = self._views.get(colour)
         if view is None:
