@@ -287,11 +287,10 @@ class _Options:
         made, settings = self._made, config.settings
         if made is None or made[0] is not settings:
             shared = config.resolve_backend(self.backend)
-            lease = self.lease if self.max_hold is None else min(self.lease, self.max_hold)
             plan = Plan(
-                backend=(shared.asynchronous() if self.is_async else shared.blocking()).within(lease),
+                backend=shared.asynchronous() if self.is_async else shared.blocking(),
                 rooms=flow.rooms_of(shared),
-                lease=lease,
+                lease=self.lease if self.max_hold is None else min(self.lease, self.max_hold),
                 wait=self.wait,
                 heartbeat=self.heartbeat,
                 max_hold=self.max_hold,

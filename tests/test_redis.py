@@ -235,7 +235,7 @@ def test_a_handshake_that_an_interruption_ended_answers_no_later_command(
     opened: Callable[..., RedisBackend],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class InterruptedError(BaseException):
+    class Interruption(BaseException):
         """What a signal's handler raises."""
 
     module = redis.asyncio if colour.is_async else redis
@@ -251,7 +251,7 @@ def test_a_handshake_that_an_interruption_ended_answers_no_later_command(
     def interrupted(self: Any, *words: Any, **options: Any) -> None:
         send(self, *words, **options)
         if interrupts(words[0]):
-            raise InterruptedError
+            raise Interruption
 
     async def cancelled(self: Any, *words: Any, **options: Any) -> None:
         await send(self, *words, **options)
@@ -263,7 +263,7 @@ def test_a_handshake_that_an_interruption_ended_answers_no_later_command(
     with Commands(opened(client if ready_made else f"{url}?protocol=3", prefix=prefix, timeout=2), colour) as commands:
         with monkeypatch.context() as patch:
             patch.setattr(kind, "send_command", cancelled if colour.is_async else interrupted)
-            with pytest.raises((InterruptedError, asyncio.CancelledError)):
+            with pytest.raises((Interruption, asyncio.CancelledError)):
                 claim(commands, RecordId("n", "0"))
         assert not armed
         for number in "123":
