@@ -698,7 +698,7 @@ async def release(driver: Driver, held: Held) -> None:
 
 async def _send_release(driver: Driver, held: Held) -> bool:
     """Send the release until the backend answers or its time is over; whether the lock was held until then."""
-    backend = held.plan.backend
+    backend, lapsed = held.plan.backend, held.lost
     until, pause = driver.now() + backend.timeout, 0.01
     while True:
         sent, sent_before = driver.now(), held.release_sent is not None
@@ -715,7 +715,7 @@ async def _send_release(driver: Driver, held: Held) -> bool:
             continue
         if answer is Answer.DONE or sent_before:
             return True  # what was sent before may have been applied, and another holds it since
-        if answer is Answer.GONE:
+        if answer is Answer.GONE or lapsed:
             return False
         # The backend sends again by itself, too: then whoever holds it came after the release, and not before.
         found = await backend.read(held.rid)

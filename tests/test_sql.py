@@ -668,7 +668,8 @@ def test_a_read_only_mariadb_refuses_before_the_run(
 def test_a_server_without_free_connections_is_waited_for_or_named(
     kind: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
 ) -> None:
-    small = {"max_connections": 6, "superuser_reserved_connections": 0, "max_wal_senders": 0}
+    # On PostgreSQL one connection more for each backend that has waiters, to listen.
+    small = {"max_connections": 8, "superuser_reserved_connections": 0, "max_wal_senders": 0}
     with start_postgres(**small) if kind == "postgres" else start_mariadb("--max-connections=6") as server:
         work = colour.define(
             lambda order: effects.hit(), backend=opened(server.url, timeout=1.5), key="{order}", namespace="n"

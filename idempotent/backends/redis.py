@@ -3,12 +3,11 @@
 One key per record, one Lua script per command (in `lua/`, each the transcription of its function in `_machine`), one
 round trip each. Key and pub/sub channel of a record are the same string: prefix, colon, record id.
 
-Commands are sent on connections that are taken from redis-py's pools directly: redis-py's own re-sending knows neither
-the deadline of a command nor which replies may be asked for again.
+Commands are sent on redis-py's connections directly: its own re-sending knows neither the deadline of a command nor which
+replies may be asked for again.
 """
 
 import asyncio
-import contextlib
 import copy
 import errno
 import hashlib
@@ -16,9 +15,11 @@ import inspect
 import math
 import os
 import socket
+import threading
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
 from random import random
 from typing import Any, Protocol
@@ -396,7 +397,7 @@ def _sync_pool(url: str, timeout: float) -> redis.ConnectionPool:
         "retry": redis.retry.Retry(NoBackoff(), 0),
         "decode_responses": False,
     }
-    pool = redis.BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=timeout, **options)
+    pool = redis.ConnectionPool.from_url(url, **options)
     pool.connection_kwargs.update(options)
     _check_options(pool)
     return pool
@@ -409,16 +410,44 @@ def _named(pool: Any) -> tuple[str, ...]:
     return ("EVALSHA",) if wanted else ()
 
 
-def _drop_idle(pool: Any) -> Any:
-    """Disconnect what is not in use: a handshake that a signal or a cancellation ended is kept as if it were complete."""
-    try:
-        return pool.disconnect(inuse_connections=False)
-    except TypeError:  # redis-py 5.0's blocking pool knows all or none; whoever is cut off asks again
-        return pool.disconnect()
+class _Idle:
+    """Connections that we made as `pool` would, and that are not in use: taken and put back at less cost than its own.
+
+    A connection that the server has closed meanwhile is found out by the command, which is sent again.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._idle: deque[Any] = deque()
+        self.closed = False
+
+    def take(self) -> Any:
+        """One of them, or a new one; it may have to be connected."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._pool.connection_class(**self._pool.connection_kwargs)
+
+    def put(self, connection: Any) -> None:
+        """It is not in use any more."""
+        self._idle.append(connection)
+
+    def drain(self) -> Iterator[Any]:
+        """All of them, each to be disconnected: where one was found broken, the others are, too."""
+        while True:
+            try:
+                yield self._idle.pop()
+            except IndexError:
+                return
+
+    def forget(self) -> None:
+        """Leave them alone: they are the parent process's."""
+        _parents.append(self._idle)
+        self._idle = deque()
 
 
 class _SyncLink:
-    """One connection of a redis-py pool for each command, on the calling thread."""
+    """One connection for each command, on the calling thread."""
 
     waiter = ThreadWaiter
 
@@ -426,16 +455,12 @@ class _SyncLink:
         self._pool = pool
         self._owned = owned
         self._named = _named(pool)
+        self._idle = _Idle(pool)
+        self._free = threading.Semaphore(_CONNECTIONS)
+        _links.add(self)
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        pool = self._pool
-        try:
-            connection = pool.get_connection(*self._named)
-        except RedisError:
-            raise
-        except BaseException:
-            _drop_idle(pool)
-            raise
+        connection = self._take(deadline) if self._owned else self._take_given()
         try:
             connection.send_command(*command)
             patience = getattr(connection, "socket_timeout", None)
@@ -447,81 +472,158 @@ class _SyncLink:
             raise
         except BaseException:
             connection.disconnect()  # a reply that comes late must not answer the next command
+            self._disconnect_idle()
             raise
         finally:
-            pool.release(connection)
+            self._put(connection) if self._owned else self._pool.release(connection)
+
+    def _take(self, deadline: float) -> Any:
+        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise RedisTimeoutError("no connection became free in time")
+        connection = None
+        try:
+            connection = self._idle.take()
+            connection.connect()
+            return connection
+        except BaseException:
+            if connection is not None:
+                connection.disconnect()  # a signal may have ended its handshake, which would pass for complete
+            self._free.release()
+            raise
+
+    def _put(self, connection: Any) -> None:
+        self._idle.put(connection)
+        self._free.release()
+        if self._idle.closed:
+            self._disconnect_idle()
+
+    def _disconnect_idle(self) -> None:
+        for connection in self._idle.drain():
+            connection.disconnect()
+
+    def _take_given(self) -> Any:
+        try:
+            return self._pool.get_connection(*self._named)
+        except RedisError:
+            raise
+        except BaseException:  # redis-py keeps a handshake that a signal has ended as if it were complete
+            _disconnect_given(self._pool)
+            raise
 
     async def sleep(self, pause: float) -> None:
         if pause:
             time.sleep(pause)
 
     def close(self) -> None:
-        if self._owned:
-            self._pool.disconnect()
+        self._idle.closed = True
+        self._disconnect_idle()
+
+    def after_fork(self) -> None:
+        self._idle.forget()
+        self._free = threading.Semaphore(_CONNECTIONS)
 
 
 class _AsyncLink:
-    """One connection of a redis.asyncio pool for each command; a pool of its own for each event loop."""
+    """One connection for each command; those that we make belong to the event loop they were made in."""
 
     waiter = TaskWaiter
 
     def __init__(self, source: Any) -> None:
         self._given = None if isinstance(source, str) else source
         self._named = () if self._given is None else _named(self._given)
-        self._pools: PerLoop[tuple[Any, asyncio.Semaphore]] = PerLoop(
-            lambda: self._make(source), lambda made: made[0].disconnect()
-        )
+        self._loops: PerLoop[tuple[_Idle, asyncio.Semaphore]] = PerLoop(lambda: self._make(source), self._close)
         if self._given is not None:
             _given_pools.add(self._given)
 
-    def _make(self, url: str) -> tuple[Any, asyncio.Semaphore]:
+    @staticmethod
+    def _make(url: str) -> tuple[_Idle, asyncio.Semaphore]:
         options: dict[str, Any] = {
             "socket_timeout": None,
             "socket_connect_timeout": None,
             "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),
             "decode_responses": False,
         }
-        # The blocking pool of redis-py 5.0 waits for itself for ever when a connection cannot be made.
-        pool: Any = redis.asyncio.ConnectionPool.from_url(url, max_connections=_CONNECTIONS, **options)
+        pool: Any = redis.asyncio.ConnectionPool.from_url(url, **options)
         pool.connection_kwargs.update(options)
-        self._named = _named(pool)
-        return pool, asyncio.Semaphore(_CONNECTIONS)
+        return _Idle(pool), asyncio.Semaphore(_CONNECTIONS)
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        pool, free = (self._given, contextlib.nullcontext()) if self._given else await self._pools.get()
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())), free:
-            try:
-                connection = await pool.get_connection(*self._named)
-            except RedisError:
-                raise
-            except BaseException:
-                await _drop_idle(pool)
-                raise
-            try:
-                await connection.send_command(*command)
-                return await connection.read_response(disable_decoding=True)
-            except ResponseError:
-                raise
-            except BaseException:
-                await connection.disconnect(nowait=True)
-                raise
-            finally:
-                await pool.release(connection)
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            if self._given is not None:
+                return await self._send_given(self._given, command)
+            idle, free = await self._loops.get()
+            async with free:
+                connection = idle.take()
+                try:
+                    if not connection.is_connected:
+                        await connection.connect()
+                    await connection.send_command(*command)
+                    return await connection.read_response(disable_decoding=True)
+                except ResponseError:
+                    raise
+                except BaseException:
+                    # Neither a late reply nor a handshake that was cancelled must serve the next command.
+                    await connection.disconnect(nowait=True)
+                    await self._disconnect(idle)
+                    raise
+                finally:
+                    idle.put(connection)
+                    if idle.closed:
+                        await self._disconnect(idle)
+
+    async def _send_given(self, pool: Any, command: tuple[Any, ...]) -> Any:
+        try:
+            connection = await pool.get_connection(*self._named)
+        except RedisError:
+            raise
+        except BaseException:
+            await _disconnect_given(pool)
+            raise
+        try:
+            await connection.send_command(*command)
+            return await connection.read_response(disable_decoding=True)
+        except ResponseError:
+            raise
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await pool.release(connection)
+
+    @staticmethod
+    async def _disconnect(idle: _Idle) -> None:
+        for connection in idle.drain():
+            await connection.disconnect(nowait=True)
+
+    async def _close(self, made: tuple[_Idle, asyncio.Semaphore]) -> None:
+        made[0].closed = True
+        await self._disconnect(made[0])
 
     async def sleep(self, pause: float) -> None:
         await asyncio.sleep(pause)
 
     async def aclose(self) -> None:
-        await self._pools.aclose()
+        await self._loops.aclose()
+
+
+def _disconnect_given(pool: Any) -> Any:
+    """Disconnect what is idle in a pool of redis-py."""
+    try:
+        return pool.disconnect(inuse_connections=False)
+    except TypeError:  # the blocking pool of redis-py 5.0 knows all or none; whoever is cut off asks again
+        return pool.disconnect()
 
 
 _given_pools: weakref.WeakSet[Any] = weakref.WeakSet()
 """Pools of ready-made asynchronous clients: unlike its blocking ones, redis-py's go on with the parent's connections."""
+_links: weakref.WeakSet[_SyncLink] = weakref.WeakSet()
 _parents: list[Any] = []
 """A parent process's connections, kept from being finalized here: that could write to its sockets."""
 
 
 def _after_fork() -> None:
+    for link in list(_links):
+        link.after_fork()
     for pool in list(_given_pools):
         _parents.append((getattr(pool, "_available_connections", None), list(getattr(pool, "_in_use_connections", ()))))
         pool.reset()

@@ -1,69 +1,72 @@
 -- Shared by every script: the record's envelope (see _record.py) and the clock. Instants and durations: microseconds.
 -- A script validates first and writes last, as a failed one is not rolled back.
 
-local function pack8(n)
-  local h = n % 256; n = (n - h) / 256
-  local g = n % 256; n = (n - g) / 256
-  local f = n % 256; n = (n - f) / 256
-  local e = n % 256; n = (n - e) / 256
-  local d = n % 256; n = (n - d) / 256
-  local c = n % 256; n = (n - c) / 256
-  local b = n % 256
-  return string.char((n - b) / 256, b, c, d, e, f, g, h)
-end
-
-local function unpack8(s, at)
-  local a, b, c, d, e, f, g, h = string.byte(s, at, at + 7)
-  return ((((((a * 256 + b) * 256 + c) * 256 + d) * 256 + e) * 256 + f) * 256 + g) * 256 + h
+local call, byte, sub = redis.call, string.byte, string.sub
+local pack3, unpack3, head
+if struct then
+  local pack, unpack = struct.pack, struct.unpack
+  function pack3(a, b, c) return pack('>I8I8I8', a, b, c) end
+  function unpack3(raw, at) return unpack('>I8I8I8', raw, at) end
+  function head(state, token, since, attempt, fingerprint)
+    return pack('>Bc1I8I8c8Bc0', 209, state, token, since, attempt, #fingerprint, fingerprint)
+  end
+else -- fakeredis has none
+  local function pack1(n)
+    local bytes = ''
+    for _ = 1, 8 do
+      bytes = string.char(n % 256) .. bytes
+      n = math.floor(n / 256)
+    end
+    return bytes
+  end
+  local function unpack1(raw, at)
+    local n = 0
+    for i = at, at + 7 do n = n * 256 + byte(raw, i) end
+    return n
+  end
+  function pack3(a, b, c) return pack1(a) .. pack1(b) .. pack1(c) end
+  function unpack3(raw, at) return unpack1(raw, at), unpack1(raw, at + 8), unpack1(raw, at + 16) end
+  function head(state, token, since, attempt, fingerprint)
+    return '\209' .. state .. pack1(token) .. pack1(since) .. attempt .. string.char(#fingerprint) .. fingerprint
+  end
 end
 
 local function clock()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+  local time = call('TIME')
+  return time[1] * 1000000 + time[2]
 end
 
 -- The record in `raw`; nil and an error reply for bytes that are none of ours.
 local function parse(raw)
-  local size = string.byte(raw, 27)
-  local state = string.sub(raw, 2, 2)
-  if size and string.byte(raw, 1) == 209 and (size == 0 or size == 16) then
-    local row = {
-      raw = raw,
-      state = state,
-      token = unpack8(raw, 3),
-      attempt = string.sub(raw, 19, 26),
-      fingerprint = string.sub(raw, 28, 27 + size),
-    }
-    if state == 'R' or state == 'U' or state == 'W' then
-      if #raw == 52 + size + (string.byte(raw, 52 + size) or 0) then
-        row.since = unpack8(raw, 11)
-        row.lease = unpack8(raw, 28 + size)
-        row.lease_until = unpack8(raw, 36 + size)
-        row.expires = unpack8(raw, 44 + size)
-        row.owner = string.sub(raw, 53 + size)
-        return row
-      end
-    elseif (state == 'C' or state == 'F') and #raw > 27 + size + (string.byte(raw, 28 + size) or #raw) then
-      row.since = unpack8(raw, 11)
-      row.expires = 0
-      return row
+  local size, state = byte(raw, 27), sub(raw, 2, 2)
+  if size and byte(raw, 1) == 209 and (size == 0 or size == 16) then
+    local is_open = state == 'R' or state == 'U' or state == 'W'
+    if is_open and #raw == 52 + size + (byte(raw, 52 + size) or 0) then
+      local lease, lease_until, expires = unpack3(raw, 28 + size)
+      local token, since = unpack3(raw, 3)
+      return {
+        state = state, token = token, since = since, attempt = sub(raw, 19, 26), fingerprint = sub(raw, 28, 27 + size),
+        lease = lease, lease_until = lease_until, expires = expires, owner = sub(raw, 53 + size),
+      }
+    elseif (state == 'C' or state == 'F') and #raw > 27 + size + (byte(raw, 28 + size) or #raw) then
+      local token, since = unpack3(raw, 3)
+      return {
+        state = state, token = token, since = since, attempt = sub(raw, 19, 26), fingerprint = sub(raw, 28, 27 + size),
+        expires = 0,
+      }
     end
   end
   return nil, redis.error_reply('FOREIGN the bytes under this key are no record of ours')
 end
 
-local function head(state, token, since, attempt, fingerprint)
-  return '\209' .. state .. pack8(token) .. pack8(since) .. attempt .. string.char(#fingerprint) .. fingerprint
-end
-
 -- Store a running, unknown or withdrawn record; `expires` 0: it stays until it is settled.
 local function store(key, now, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner)
   local raw = head(state, token, since, attempt, fingerprint)
-    .. pack8(lease) .. pack8(lease_until) .. pack8(expires) .. string.char(#owner) .. owner
+    .. pack3(lease, lease_until, expires) .. string.char(#owner) .. owner
   if expires == 0 then
-    redis.call('SET', key, raw)
+    call('SET', key, raw)
   else
-    redis.call('SET', key, raw, 'PX', string.format('%d', math.max(1, math.ceil((expires - now) / 1000))))
+    call('SET', key, raw, 'PX', string.format('%d', math.max(1, math.ceil((expires - now) / 1000))))
   end
 end
 
