@@ -204,8 +204,7 @@ class _Spec:
         probe = options.get("on_crash")
         if not self.is_async and _is_async(probe):
             raise TypeError(f"the probe {probe!r} is async, and a sync function cannot await it")
-        self._plan: Plan | None = None
-        self._settings: config.Settings | None = None
+        self._made: tuple[config.Settings, Plan] | None = None
         self._serializer = _UNSET
         self._codec: Codec | None = None
         self._make_codec(config.settings)
@@ -218,15 +217,15 @@ class _Spec:
 
     def plan(self) -> Plan:
         """The plan, made anew when `configure` has changed the defaults."""
-        settings = config.settings
-        if self._plan is None or self._settings is not settings:
+        made, settings = self._made, config.settings
+        if made is None or made[0] is not settings:
             options = self.options
             shared = config.resolve_backend(options.get("backend"))
             self._make_codec(settings)
             if self._codec is not None:
                 self._codec.ready()
             lease = options.get("lease", settings.lease)
-            self._plan = Plan(
+            plan = Plan(
                 backend=(shared.asynchronous() if self.is_async else shared.blocking()).within(lease),
                 flights=flow.flights_of(shared),
                 codec=cast("Codec", self._codec),
@@ -241,8 +240,8 @@ class _Spec:
                 hooks=settings.hooks,
                 stats=self.stats,
             )
-            self._settings = settings
-        return self._plan
+            made = self._made = (settings, plan)
+        return made[1]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
         """The question that this call asks. Raises CallError for a call without a usable key, and TypeError for

@@ -1049,3 +1049,18 @@ def test_a_settled_record_answers_settled_with_its_outcome(
         commands.complete(rid, attempt=A, token=token, codec="c", body=b"\x00\xff", ttl=60.0)
         settled = claim(commands, rid, B)
         assert settled == Settled(False, token, settled.age, "c", b"\x00\xff")
+
+
+@pytest.mark.parametrize("trouble", ["refused", "frozen"])
+def test_a_ready_made_client_is_given_up_in_our_time_and_not_in_its_own(
+    own_redis: Server, prefix: str, trouble: str, opened: Callable[..., RedisBackend]
+) -> None:
+    with client_of(own_redis) as client, Commands(opened(client, prefix=prefix, timeout=1), COLOURS[0]) as commands:
+        if trouble == "frozen":
+            own_redis.freeze()
+        else:
+            own_redis.kill()
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable):
+            commands.read(RecordId("n", "k"))
+        assert time.monotonic() - began < 3

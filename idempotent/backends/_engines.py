@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -21,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._loops import PerLoop
 from idempotent.backends._notify import PostgresSubscriber
-from idempotent.backends._watchdog import Watchdog
+from idempotent.backends._watchdog import Watchdog, within
 from idempotent.errors import BackendError
 
 __all__ = ["links_of", "twins"]
@@ -187,7 +186,7 @@ class _Here(threading.local):
 
     deadline: float | None = None
     """Monotonic seconds: when its command is given up; None: no command of ours is under way."""
-    watches: contextlib.ExitStack
+    watches: contextlib.ExitStack | None = None
 
 
 class SyncLink:
@@ -227,12 +226,13 @@ class SyncLink:
         if free is not None and not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TimeoutError("the deadline passed before a connection was free")
         here = self._here
+        outer = here.deadline, here.watches  # of the command that a signal's handler has interrupted
         try:
             with contextlib.ExitStack() as here.watches:
                 here.deadline = deadline
                 yield
         finally:
-            here.deadline = None
+            here.deadline, here.watches = outer
             if free is not None:
                 free.release()
             if self._closed:  # whoever closes it waits for no command, and may be followed by some
@@ -243,7 +243,8 @@ class SyncLink:
         pool, deadline = self.engine.pool, self._here.deadline
         if self._timeout is None and not self._is_sqlite and isinstance(pool, sa.QueuePool) and not pool.checkedin():
             assert deadline is not None
-            return _within(deadline, connect)
+            connection: C = within(deadline, connect, _close)
+            return connection
         return connect()
 
     def _connect(self, dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
@@ -253,11 +254,14 @@ class SyncLink:
         if deadline is None:  # the owner of a ready-made engine connects
             return None
 
+        watches = here.watches
+
         def watch(connection: Any) -> None:
             # What SQLAlchemy asks of a new connection has no deadline either.
-            here.watches.enter_context(_watchdog.watching(_descriptor(connection), deadline))
+            assert watches is not None
+            watches.enter_context(_watchdog.watching(_descriptor(connection), deadline))
 
-        return _within(deadline, lambda: dialect.connect(*arguments, **options), watch)
+        return within(deadline, lambda: dialect.connect(*arguments, **options), _close, watch)
 
     async def sleep(self, pause: float) -> None:
         """Let `pause` seconds pass."""
@@ -302,33 +306,8 @@ class SyncLink:
         self._held = 0
 
 
-def _within(deadline: float, make: Callable[[], C], then: Callable[[C], None] | None = None) -> C:
-    """The connection that `make` gives on a thread of its own, and `then` takes on this one; closed if that is too late."""
-    future: Future[C] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(make())
-        except BaseException as error:
-            future.set_exception(error)
-
-    try:
-        try:
-            threading.Thread(target=run, name="idempotent-connect", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(f"no connection can be made: {error}") from error
-        connection = future.result(max(0.0, deadline - time.monotonic()))
-        if then is not None:
-            then(connection)
-    except BaseException:  # a signal's, too, at any moment
-        future.add_done_callback(_close_late)
-        raise
-    return connection
-
-
-def _close_late(future: "Future[Any]") -> None:
-    if future.exception() is None:
-        future.result().close()
+def _close(connection: Any) -> None:
+    connection.close()
 
 
 class _Shared:

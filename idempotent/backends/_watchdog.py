@@ -9,10 +9,14 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import TypeVar
 
-__all__ = ["Watchdog"]
+__all__ = ["Watchdog", "within"]
+
+C = TypeVar("C")
 
 _LINGER = 2.0
 """Seconds the thread outlives the last command."""
@@ -75,6 +79,39 @@ class Watchdog:
                 first = min((deadline for deadline, _ in self._watched.values()), default=now + _LINGER)
                 self._wakes = min(first, now + _LINGER)
                 self._changed.wait(max(0.0, self._wakes - now))
+
+
+def within(
+    deadline: float, make: Callable[[], C], close: Callable[[C], object], then: Callable[[C], None] | None = None
+) -> C:
+    """The connection that `make` gives on a thread of its own, and `then` takes on this one; closed if that is too late.
+
+    Raises what these raise, TimeoutError when monotonic `deadline` passes first, OSError if there can be no thread.
+    """
+    future: Future[C] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    def close_late(done: "Future[C]") -> None:
+        if done.exception() is None:
+            close(done.result())
+
+    try:
+        try:
+            threading.Thread(target=run, name="idempotent-connect", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(f"no connection can be made: {error}") from error
+        connection = future.result(max(0.0, deadline - time.monotonic()))
+        if then is not None:
+            then(connection)
+    except BaseException:  # a signal's, too, at any moment
+        future.add_done_callback(close_late)
+        raise
+    return connection
 
 
 def _shut(descriptor: int) -> None:

@@ -68,6 +68,7 @@ from idempotent._record import (
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._listener import Listener
 from idempotent.backends._loops import PerLoop
+from idempotent.backends._watchdog import within
 from idempotent.backends.base import Backend, micros, poll
 from idempotent.backends.pubsub import subscriber_of
 from idempotent.errors import BackendError, BackendUnavailable
@@ -307,21 +308,20 @@ class RedisBackend(Backend):
             await link.aclose()
 
     async def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Any:
-        key = self._key(rid)
-        try:
-            return await self._send(("EVALSHA", script.sha, 1, key, *ask), budget)
-        except NoScriptError:
-            return await self._send(("EVAL", script.source, 1, key, *ask), budget)
+        return await self._send(("EVALSHA", script.sha, 1, self._key(rid), *ask), budget, script)
 
-    async def _send(self, command: tuple[Any, ...], budget: float) -> Any:
+    async def _send(self, command: tuple[Any, ...], budget: float, script: _Script | None = None) -> Any:
         """The reply to `command`, sent again while that can help and `budget` seconds last."""
         deadline = time.monotonic() + budget
         pause = 0.0
         while True:
             try:
                 return await self._link.send(command, deadline)
-            except NoScriptError:
-                raise
+            except NoScriptError as error:
+                if script is None or command[0] == "EVAL":
+                    raise _failure(error) from error
+                command = ("EVAL", script.source, *command[2:])
+                continue
             except (TimeoutError, RedisError, OSError) as error:
                 if not _transient(error):
                     raise _failure(error) from error
@@ -460,7 +460,7 @@ class _SyncLink:
         _links.add(self)
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        connection = self._take(deadline) if self._owned else self._take_given()
+        connection = self._take(deadline) if self._owned else self._take_given(deadline)
         try:
             connection.send_command(*command)
             patience = getattr(connection, "socket_timeout", None)
@@ -501,13 +501,17 @@ class _SyncLink:
         for connection in self._idle.drain():
             connection.disconnect()
 
-    def _take_given(self) -> Any:
+    def _take_given(self, deadline: float) -> Any:
+        pool = self._pool
         try:
-            return self._pool.get_connection(*self._named)
+            if getattr(pool, "_available_connections", True):
+                return pool.get_connection(*self._named)
+            # The client's own retries and timeouts may take minutes.
+            return within(deadline, lambda: pool.get_connection(*self._named), pool.release)
         except RedisError:
             raise
         except BaseException:  # redis-py keeps a handshake that a signal has ended as if it were complete
-            _disconnect_given(self._pool)
+            _disconnect_given(pool)
             raise
 
     async def sleep(self, pause: float) -> None:
