@@ -735,7 +735,7 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
     command = backend.fail if settled.failed else backend.complete
     refused = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
     recorded = settled
-    gone = False
+    gone = doubted = False
 
     def claim() -> Awaitable[Claim]:
         return backend.claim(
@@ -747,31 +747,32 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
             takeover=plan.takeover,
         )
 
-    def send(what: Settled) -> Awaitable[Answer]:
-        return command(rid, attempt=attempt, token=run.token or 0, codec=what.codec, body=what.body, ttl=ttl)
-
     async def step(what: Settled = settled) -> Answer:
-        nonlocal gone
-        answer = Answer.GONE if gone else await send(what)
-        if answer is not Answer.GONE:
-            return answer
-        # Forgotten by force, or lost by the backend: a new claim tells whether anybody runs it by now.
-        gone = True
-        reply = await claim()
-        if not isinstance(reply, Granted):
-            return Answer.STALE
-        run.token = reply.token
-        gone = False
-        return await send(what)
-
-    async def fallback() -> Answer:
-        nonlocal recorded
-        answer = await step(refused)
-        if answer is Answer.DONE:
-            # What was to be recorded first may have been, and only its reply was lost.
+        nonlocal recorded, gone, doubted
+        answer = Answer.GONE
+        for _ in range(2):
+            if gone:
+                # Forgotten by force, or lost by the backend: a new claim tells whether anybody runs it by now.
+                reply = await claim()
+                if not isinstance(reply, Granted):
+                    return Answer.STALE
+                run.token, gone, doubted = reply.token, False, False
+            # Once both were sent, either may have been applied, whatever reply was lost.
+            doubted |= what is refused
+            answer = await command(
+                rid, attempt=attempt, token=run.token or 0, codec=what.codec, body=what.body, ttl=ttl
+            )
+            gone = answer is Answer.GONE
+            if not gone:
+                break
+        if answer is Answer.DONE and doubted:
             reply = await claim()
-            recorded = reply if isinstance(reply, Settled) else refused
+            if isinstance(reply, Settled):
+                recorded = reply
         return answer
+
+    def fallback() -> Awaitable[Answer]:
+        return step(refused)
 
     stored = await _confirm(driver, run, step, fallback)
     return recorded._replace(token=run.token or 0), stored

@@ -122,11 +122,6 @@ class Signals:
         for waiter in waiters:
             waiter.wake()
 
-    def keys(self) -> list[str]:
-        """The keys somebody waits for."""
-        with self._lock:
-            return list(self._waiters)
-
     def reset(self) -> None:
         """Forget all waiters: they are threads of the parent process."""
         self._lock = threading.RLock()  # the collector may end a lost task's wait while this thread holds it

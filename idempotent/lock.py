@@ -367,16 +367,16 @@ class _Entered(Generic[H]):
         lost, so no live one is taken for another's.
         """
         holds = self._holds
-        if len(holds) == 1:
-            return holds.pop()
-        me = Asker(is_async=is_async)
-        mine = [hold for hold in holds if hold._held.asker.is_me(me)]
-        if not holds:
-            raise LockError("the lock was never entered: use it as `with lock:`")
-        if not mine:
+        if len(holds) > 1:
+            me = Asker(is_async=is_async)
+            mine = [hold for hold in holds if hold._held.asker.is_me(me)]
+            if mine:
+                holds.remove(mine[-1])
+                return mine[-1]
+        try:
             return holds.pop(0)
-        holds.remove(mine[-1])
-        return mine[-1]
+        except IndexError:
+            raise LockError("the lock was never entered: use it as `with lock:`") from None
 
 
 class Lock:

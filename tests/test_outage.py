@@ -179,6 +179,29 @@ def test_a_failed_release_is_a_note_on_the_functions_own_error(faulty: Faulty, c
     assert "stays claimed until its lease ends" in caught.value.__notes__[0]
 
 
+def test_what_was_recorded_is_told_although_its_confirmation_was_lost(colour: Colour) -> None:
+    class Refusing(Faulty):
+        """Refuses the outcome, takes the word that there is none to be had, and then is out for a moment."""
+
+        async def complete(self, *args: Any, codec: str, **kwargs: Any) -> Any:
+            if codec != flow.UNAVAILABLE and "complete" not in self.calls:
+                raise BackendError("it is too large")
+            if "complete" not in self.calls:
+                self.plant("claim", "before")
+            return await super().complete(*args, codec=codec, **kwargs)
+
+        def blocking(self) -> Backend:
+            return self
+
+        def asynchronous(self) -> Backend:
+            return self
+
+    work = colour.define(lambda: "receipt", backend=Refusing(LocalBackend()), key="k", namespace="n")
+    for _ in range(2):
+        with pytest.raises(ResultUnavailable, match="refused to store"):
+            colour.call(work)
+
+
 def test_an_error_before_the_function_ran_is_not_recorded_as_its_own(effects: Counter) -> None:
     async def inner() -> None: ...
 

@@ -73,7 +73,7 @@ class Watchdog:
                     idle = True
                 for mark, (deadline, descriptor) in list(self._watched.items()):
                     if deadline <= now:
-                        del self._watched[mark]
+                        self._watched.pop(mark, None)
                         # Under the lock: the body cannot end meanwhile and leave the number to another socket.
                         _shut(descriptor)
                 first = min((deadline for deadline, _ in self._watched.values()), default=now + _LINGER)

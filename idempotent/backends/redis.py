@@ -283,11 +283,15 @@ class RedisBackend(Backend):
         while True:
             cursor, keys = await self._send(("SCAN", cursor, "MATCH", f"{escaped}:c*", "COUNT", 500), self.timeout)
             for key in keys:
-                rid = RecordId.parse(key.decode()[len(self.prefix) + 1 :])
-                if namespace in (None, rid.namespace):
-                    record = await self.read(rid)
-                    if record is not None and state in (None, record.state):
-                        yield record
+                try:
+                    rid = RecordId.parse(key.decode(errors="replace")[len(self.prefix) + 1 :])
+                    record = await self.read(rid) if namespace in (None, rid.namespace) else None
+                except BackendUnavailable:
+                    raise
+                except BackendError:  # another's, under our prefix
+                    continue
+                if record is not None and state in (None, record.state):
+                    yield record
             if cursor in (b"0", 0):
                 return
 
