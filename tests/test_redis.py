@@ -329,6 +329,17 @@ def test_a_frozen_server_is_given_up_by_the_own_deadline_and_nothing_ran(
     assert colour.call(charge) == 1
 
 
+def test_a_claim_on_a_frozen_server_does_not_outlast_its_lease(
+    own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    own_redis.freeze()
+    with Commands(opened(own_redis.url, prefix=prefix, timeout=6), colour) as commands:
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable):
+            claim(commands, RecordId("n", "k"), lease=0.5)
+        assert time.monotonic() - began < 2
+
+
 def test_a_warm_connection_to_a_frozen_server_is_given_up_too(
     own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
 ) -> None:

@@ -426,11 +426,15 @@ class _Idle:
         self.closed = False
 
     def take(self) -> Any:
-        """One of them, or a new one; it may have to be connected."""
+        """One of them; None: there is none."""
         try:
             return self._idle.pop()
         except IndexError:
-            return self._pool.connection_class(**self._pool.connection_kwargs)
+            return None
+
+    def make(self) -> Any:
+        """A new one, not connected yet."""
+        return self._pool.connection_class(**self._pool.connection_kwargs)
 
     def put(self, connection: Any) -> None:
         """It is not in use any more."""
@@ -450,6 +454,10 @@ class _Idle:
         self._idle = deque()
 
 
+def _disconnect(connection: Any) -> None:
+    connection.disconnect()
+
+
 class _SyncLink:
     """One connection for each command, on the calling thread."""
 
@@ -464,7 +472,7 @@ class _SyncLink:
         _links.add(self)
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        connection = self._take(deadline) if self._owned else self._take_given(deadline)
+        connection = whole = self._take(deadline) if self._owned else self._take_given(deadline)
         try:
             connection.send_command(*command)
             patience = getattr(connection, "socket_timeout", None)
@@ -475,28 +483,34 @@ class _SyncLink:
         except ResponseError:
             raise
         except BaseException:
+            whole = None
             connection.disconnect()  # a reply that comes late must not answer the next command
             self._disconnect_idle()
             raise
         finally:
-            self._put(connection) if self._owned else self._pool.release(connection)
+            self._put(whole) if self._owned else self._pool.release(connection)
 
     def _take(self, deadline: float) -> Any:
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise RedisTimeoutError("no connection became free in time")
-        connection = None
         try:
-            connection = self._idle.take()
-            connection.connect()
-            return connection
+            return self._idle.take() or within(deadline, self._connect, _disconnect)
         except BaseException:
-            if connection is not None:
-                connection.disconnect()  # a signal may have ended its handshake, which would pass for complete
             self._free.release()
             raise
 
-    def _put(self, connection: Any) -> None:
-        self._idle.put(connection)
+    def _connect(self) -> Any:
+        connection = self._idle.make()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.disconnect()
+            raise
+        return connection
+
+    def _put(self, connection: Any | None) -> None:
+        if connection is not None:
+            self._idle.put(connection)
         self._free.release()
         if self._idle.closed:
             self._disconnect_idle()
@@ -561,7 +575,7 @@ class _AsyncLink:
                 return await self._send_given(self._given, command)
             idle, free = await self._loops.get()
             async with free:
-                connection = idle.take()
+                connection = idle.take() or idle.make()
                 try:
                     if not connection.is_connected:
                         await connection.connect()
