@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from idempotent._config import configure as configure
     from idempotent._config import open_backend as open_backend
     from idempotent._flow import Applied as Applied
-    from idempotent._flow import Call as Call
     from idempotent._flow import NotApplied as NotApplied
     from idempotent._flow import StillUnknown as StillUnknown
-    from idempotent._flow import current_call as current_call
     from idempotent._record import Record as Record
+    from idempotent._run import Call as Call
+    from idempotent._run import current_call as current_call
     from idempotent._types import AsyncIdempotent as AsyncIdempotent
     from idempotent._types import Explanation as Explanation
     from idempotent._types import Idempotent as Idempotent
@@ -70,7 +70,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "_config": ("configure", "open_backend"),
-    "_flow": ("Applied", "Call", "NotApplied", "StillUnknown", "current_call"),
+    "_flow": ("Applied", "NotApplied", "StillUnknown"),
+    "_run": ("Call", "current_call"),
     "_record": ("Record",),
     "_types": ("AsyncIdempotent", "Explanation", "Idempotent", "Outcome"),
     "backends.base": ("Backend",),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from idempotent._drive import Beating
-from idempotent._flow import Run, renew
+from idempotent._flow import renew
+from idempotent._run import Run
 from idempotent._signals import TaskWaiter
 
 __all__ = ["ASYNC", "AsyncDriver", "finish"]

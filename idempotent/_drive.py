@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
-from idempotent._flow import Run, renew
+from idempotent._flow import renew
+from idempotent._run import Run
 from idempotent._signals import ThreadWaiter
 from idempotent.backends.base import Backend
 from idempotent.errors import BackendError, IdempotencyError

@@ -3,23 +3,15 @@
 A flow decides nothing about time, threads or tasks: it asks its Driver. The sync driver answers without ever
 suspending, the async one on the event loop, a test's scheduler as it pleases. No flow is alive while the user's
 function runs: the wrapper awaits `begin`, calls the function in its own frame, then awaits `settle` or `abandon`.
-
-Within one process duplicates meet in a Flight before the backend is asked: one leads, the others follow, and each
-decodes its own copy of what the leader recorded.
 """
 
 import inspect
 import os
-import threading
 import warnings
-import weakref
-from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable
 from random import random
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from idempotent import events
 from idempotent._record import (
     ATTEMPT_BYTES,
     Answer,
@@ -27,12 +19,10 @@ from idempotent._record import (
     Granted,
     Mismatched,
     Record,
-    RecordId,
     Settled,
     Unknown,
 )
-from idempotent._signals import TaskWaiter, ThreadWaiter
-from idempotent.backends.base import Backend
+from idempotent._run import MARGIN, Call, Driver, Flight, Plan, Run, _current
 from idempotent.errors import (
     BackendError,
     BackendUnavailable,
@@ -45,8 +35,7 @@ from idempotent.errors import (
     SerializationError,
     UnprotectedWarning,
 )
-from idempotent.events import EventName, Hook
-from idempotent.serializers import Codec, decode_error, encode_error, why
+from idempotent.serializers import decode_error, encode_error, why
 
 DONE = "-"
 """The codec of an outcome of which only "it was done" was to be kept."""
@@ -54,33 +43,6 @@ UNAVAILABLE = "!"
 """The codec of an outcome that could not be encoded; the body says why."""
 ERROR = "error1"
 """The codec of recorded errors."""
-
-_MARGIN = 0.01
-"""The part of a lease that local validity leaves out, for clocks that do not run at one speed."""
-
-
-class Driver(Protocol):
-    """How a flow waits: the difference between threads, tasks and a test's scheduler."""
-
-    def now(self) -> float:
-        """Monotonic seconds."""
-        ...
-
-    async def sleep(self, seconds: float) -> None:
-        """Let `seconds` pass."""
-        ...
-
-    def waiter(self) -> ThreadWaiter | TaskWaiter:
-        """A wait of the caller's own, that other threads and loops can end."""
-        ...
-
-    def beat(self, run: "Run") -> None:
-        """Call `renew(run)` every third of its lease until `still`."""
-        ...
-
-    async def still(self, run: "Run") -> None:
-        """Stop the beats of `run` and wait for one that is under way."""
-        ...
 
 
 class Applied:
@@ -105,374 +67,6 @@ class StillUnknown:
     """A probe's answer: it cannot be told yet; the caller gets OutcomeUnknown."""
 
     __slots__ = ()
-
-
-class Plan:
-    """What one decorated function asked for, with the defaults filled in; durations in seconds."""
-
-    __slots__ = (
-        "backend",
-        "codec",
-        "error_ttl",
-        "flights",
-        "hooks",
-        "keep_result",
-        "lease",
-        "namespace",
-        "probe",
-        "run_on_outage",
-        "stats",
-        "takeover",
-        "ttl",
-        "wait",
-    )
-
-    def __init__(
-        self,
-        *,
-        backend: Backend,
-        flights: "Flights",
-        codec: Codec,
-        namespace: str,
-        ttl: float,
-        lease: float,
-        wait: float | None,
-        keep_result: bool,
-        error_ttl: Mapping[type[Exception], float],
-        on_crash: str | Callable[..., Any],
-        run_on_outage: bool,
-        hooks: tuple[Hook, ...],
-        stats: dict[EventName, int],
-    ) -> None:
-        self.backend = backend
-        self.flights = flights
-        self.codec = codec
-        self.namespace = namespace
-        self.ttl = ttl
-        self.lease = lease
-        self.wait = wait
-        self.keep_result = keep_result
-        self.error_ttl = error_ttl
-        self.takeover = on_crash == "rerun"
-        self.probe = None if isinstance(on_crash, str) else on_crash
-        self.run_on_outage = run_on_outage
-        self.hooks = hooks
-        self.stats = stats
-
-    @property
-    def keep(self) -> float | None:
-        """How long a running record is kept past its lease: for ever where a dead run has to be settled."""
-        return self.ttl if self.takeover else None
-
-
-class Run:
-    """One call: first its question, then, once granted, its claim."""
-
-    __slots__ = (
-        "answer_due",
-        "arguments",
-        "attempt",
-        "beating",
-        "claiming",
-        "fingerprint",
-        "flight",
-        "forks",
-        "lost",
-        "plan",
-        "raised",
-        "rid",
-        "token",
-        "unprotected",
-        "valid_until",
-        "waited",
-    )
-
-    def __init__(
-        self, plan: Plan, rid: RecordId, fingerprint: bytes, arguments: Callable[[], Mapping[str, Any]]
-    ) -> None:
-        self.plan = plan
-        self.rid = rid
-        self.fingerprint = fingerprint
-        self.arguments = arguments
-        self.attempt = os.urandom(ATTEMPT_BYTES)
-        self.token: int | None = None
-        """The fencing token; None until the claim is confirmed."""
-        self.claiming = False
-        """A claim was sent and its reply has not come."""
-        self.answer_due = 0.0
-        """Monotonic seconds at which a backend that answers at all would have answered the claim."""
-        self.unprotected = False
-        """The backend was out, and the function runs all the same."""
-        self.valid_until = 0.0
-        """Monotonic seconds until which nobody else can have taken over."""
-        self.lost = False
-        self.beating: Any = None
-        """The driver's own mark while it beats for this run."""
-        self.flight: Flight | None = None
-        self.waited = False
-        self.raised = False
-        """The function itself has raised."""
-        self.forks = _forks
-
-    @property
-    def inherited(self) -> bool:
-        """This process was forked inside the call, which is its parent's."""
-        return self.forks != _forks
-
-    def report(
-        self,
-        name: EventName,
-        *,
-        token: int | None = None,
-        age: float | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """Count the event and tell the hooks."""
-        plan = self.plan
-        with _counting:
-            plan.stats[name] = plan.stats.get(name, 0) + 1
-        if events.wanted(plan.hooks, name):
-            token = self.token if token is None else token
-            kind = None if error is None else type(error).__name__
-            event = events.Event(name, plan.namespace, self.rid.digest, plan.backend.name, token, age, kind)
-            events.dispatch(plan.hooks, event)
-
-
-class Call:
-    """The call that is running, as its function sees it through `current_call()`; a probe gets one too."""
-
-    __slots__ = ("_driver", "_outer", "_over", "_run")
-
-    def __init__(self, driver: Driver, run: Run) -> None:
-        self._driver = driver
-        self._run = run
-        self._outer = _current.get()
-        self._over = False
-        inner = self  # finished calls are left out: a task that starts the next one for ever makes no endless chain
-        while (outer := inner._outer) is not None:
-            if outer._over:
-                inner._outer = outer._outer
-            else:
-                inner = outer
-
-    @property
-    def key(self) -> str:
-        """The key, without its namespace."""
-        return self._run.rid.key
-
-    @property
-    def token(self) -> int:
-        """The fencing token: it only grows for a key. 0 for a run without a claim, and for a probe."""
-        return self._run.token or 0
-
-    @property
-    def attempt(self) -> str:
-        """Hex id of this attempt."""
-        return self._run.attempt.hex()
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """The call's arguments by parameter name, defaults applied."""
-        return self._run.arguments()
-
-    @property
-    def lease_lost(self) -> bool:
-        """Whether another call may run by now: the lease ran out unrenewed, or the backend says so."""
-        run = self._run
-        if not run.lost and run.token is not None and self._driver.now() >= run.valid_until:
-            run.lost = True
-        return run.lost or run.inherited
-
-    def check(self) -> None:
-        """Raise LeaseLost if `lease_lost`: call it before an effect that must not happen twice."""
-        if self.lease_lost:
-            raise LeaseLost(self._run.rid.digest, token=self.token)
-
-    def downstream_key(self, name: str) -> str:
-        """An idempotency key for another service: the same for every attempt at this key, another for every `name`.
-
-        32 hexadecimal characters; it tells nothing about the key.
-        """
-        return RecordId(self._run.rid.text, name, "d").digest[:32]
-
-    def __repr__(self) -> str:
-        return f"<Call {self._run.rid.digest} token={self.token}>"
-
-
-class Running:
-    """While the function runs: `current_call()` is this call."""
-
-    __slots__ = ("_call", "_token")
-
-    def __init__(self, driver: Driver, run: Run) -> None:
-        self._call = Call(driver, run)
-
-    def __enter__(self) -> None:
-        self._token = _current.set(self._call)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._call._over = True
-        self._call._run.raised = error is not None
-        try:
-            _current.reset(self._token)
-        except ValueError:
-            pass  # a coroutine that was thrown away is closed in another context than it ran in
-
-
-_current: ContextVar[Call | None] = ContextVar("idempotent_call", default=None)
-
-
-def current_call() -> Call | None:
-    """The call whose function is running in this thread or task; None outside a decorated function."""
-    call = _current.get()
-    while call is not None and call._over:
-        call = call._outer
-    return call
-
-
-class Flight:
-    """The calls with one key in one process: a leader, and those who wait for what it brings."""
-
-    __slots__ = (
-        "_trusted_until",
-        "busy_until",
-        "error",
-        "fingerprint",
-        "landed",
-        "run",
-        "settled",
-        "stored",
-        "waiters",
-    )
-
-    def __init__(self, run: Run, trusted_until: float) -> None:
-        self.run = run
-        self.fingerprint = run.fingerprint
-        self._trusted_until = trusted_until
-        self.busy_until = 0.0
-        """Monotonic seconds: when the lease that the leader waits for ends."""
-        self.landed = False
-        self.error: BackendUnavailable | None = None
-        """Why the leader got no answer."""
-        self.settled: Settled | None = None
-        self.stored = True
-        self.waiters: set[ThreadWaiter | TaskWaiter] = set()
-
-    @property
-    def trusted_until(self) -> float:
-        """Monotonic seconds after which followers ask the backend themselves: the leader's loop may be gone."""
-        run = self.run
-        # Until its lease ends the leader tries to record what it has; then it lands.
-        return self._trusted_until if run.token is None else run.valid_until + run.plan.lease
-
-    def trust(self, until: float) -> None:
-        """The leader is alive, and asks or waits until then."""
-        self._trusted_until = until
-
-
-class Flights:
-    """The flights of one backend in this process, whatever the colour of the calls."""
-
-    __slots__ = ("__weakref__", "_by_key", "_lock")
-
-    def __init__(self) -> None:
-        self.reset()
-        _all_flights.add(self)
-
-    def board(self, run: Run, now: float, trust: float) -> Flight | None:
-        """The flight to follow, or None: `run` leads now.
-
-        A call with other arguments, or one that will not wait, goes to the backend on its own. A flight whose leader
-        has not been heard of in time (its event loop may be gone) is given up, and led anew.
-        """
-        key = run.rid.text
-        with self._lock:
-            flight = self._by_key.get(key)
-            if flight is not None and now < flight.trusted_until:
-                other = flight.fingerprint and run.fingerprint and flight.fingerprint != run.fingerprint
-                return None if other or run.plan.wait == 0 else flight
-            run.flight = self._by_key[key] = Flight(run, now + trust)
-        return None
-
-    def join(self, flight: Flight, waiter: ThreadWaiter | TaskWaiter) -> bool:
-        """Have `waiter` woken when `flight` lands; False: it has landed."""
-        with self._lock:
-            if not flight.landed:
-                flight.waiters.add(waiter)
-            return not flight.landed
-
-    def leave(self, flight: Flight, waiter: ThreadWaiter | TaskWaiter) -> None:
-        """Take `waiter` off the list."""
-        with self._lock:
-            flight.waiters.discard(waiter)
-
-    def land(
-        self,
-        run: Run,
-        settled: Settled | None = None,
-        *,
-        stored: bool = True,
-        error: BackendUnavailable | None = None,
-    ) -> None:
-        """End the flight that `run` leads, with what it brought or nothing. May be called twice."""
-        if run.flight is not None:
-            self._end(run.flight, settled, stored, error)
-            run.flight = None
-
-    def ground(self, rid: RecordId) -> None:
-        """End the flight of a record that was forgotten: its followers ask anew."""
-        flight = self._by_key.get(rid.text)
-        if flight is not None:
-            self._end(flight, None, True, None)
-
-    def _end(self, flight: Flight, settled: Settled | None, stored: bool, error: BackendUnavailable | None) -> None:
-        with self._lock:
-            key = flight.run.rid.text
-            if self._by_key.get(key) is flight:
-                del self._by_key[key]
-            if flight.landed:
-                return
-            flight.settled, flight.stored, flight.error = settled, stored, error
-            flight.landed = True
-            waiters, flight.waiters = flight.waiters, set()
-        for waiter in waiters:
-            waiter.wake()
-
-    def reset(self) -> None:
-        """Forget every flight: after a fork their leaders are threads of the parent process."""
-        self._lock = threading.RLock()  # the collector may end a lost task's call while this thread holds it
-        self._by_key: dict[str, Flight] = {}
-
-
-_counting = threading.RLock()  # a hook, a signal's or the collector's, may count while this thread does
-_forks = 0
-"""How often this process's line has been forked: a run belongs to the process that began it."""
-_all_flights: weakref.WeakSet[Flights] = weakref.WeakSet()
-_of_backend_lock = threading.Lock()
-_of_backend: weakref.WeakKeyDictionary[Backend, Flights] = weakref.WeakKeyDictionary()
-
-
-def flights_of(backend: Backend) -> Flights:
-    """The flights of calls on `backend`."""
-    with _of_backend_lock:
-        flights = _of_backend.get(backend)
-        if flights is None:
-            flights = _of_backend[backend] = Flights()
-        return flights
-
-
-def _after_fork() -> None:
-    global _counting, _forks, _of_backend_lock
-    _forks += 1
-    _counting, _of_backend_lock = threading.RLock(), threading.Lock()
-    for flights in list(_all_flights):
-        flights.reset()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Replay:
@@ -602,7 +196,7 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
             return None
         if isinstance(reply, Granted):
             run.token = reply.token
-            run.valid_until = sent + plan.lease * (1 - _MARGIN)
+            run.valid_until = sent + plan.lease * (1 - MARGIN)
             if driver.now() >= run.valid_until and not await _still_ours(driver, run):
                 run.token, run.attempt = None, os.urandom(ATTEMPT_BYTES)
                 continue
@@ -643,7 +237,7 @@ async def _still_ours(driver: Driver, run: Run) -> bool:
     """Whether a claim whose reply came after its lease is held nevertheless; the lease then begins anew."""
     plan, sent = run.plan, driver.now()
     answer = await plan.backend.renew(run.rid, attempt=run.attempt, token=run.token or 0, lease=plan.lease)
-    run.valid_until = sent + plan.lease * (1 - _MARGIN)
+    run.valid_until = sent + plan.lease * (1 - MARGIN)
     return answer is Answer.DONE and driver.now() < run.valid_until
 
 
@@ -899,7 +493,7 @@ async def renew(driver: Driver, run: Run) -> float | None:
         left = run.valid_until - driver.now()
         return plan.lease / 3 if left <= 0 else min(plan.lease / 3, max(0.02, left / 4))
     if answer is Answer.DONE:
-        run.valid_until = sent + plan.lease * (1 - _MARGIN)
+        run.valid_until = sent + plan.lease * (1 - MARGIN)
         return plan.lease / 3
     run.lost = True  # where the record is gone, anybody may claim the key by now
     run.report("lease_lost")

@@ -9,8 +9,9 @@ from idempotent import _config as config
 from idempotent import _flow as flow
 from idempotent._config import DEFAULT, Default, Duration
 from idempotent._drive import SYNC, drive, finish
-from idempotent._flow import Plan, Replay, Run
+from idempotent._flow import Replay
 from idempotent._record import Record, RecordId
+from idempotent._run import Plan, Run, Running, flights_of
 from idempotent._types import (
     AsyncIdempotent,
     Decision,
@@ -227,7 +228,7 @@ class _Spec:
             lease = options.get("lease", settings.lease)
             plan = Plan(
                 backend=(shared.asynchronous() if self.is_async else shared.blocking()).within(lease),
-                flights=flow.flights_of(shared),
+                flights=flights_of(shared),
                 codec=cast("Codec", self._codec),
                 namespace=self.namespace,
                 ttl=options.get("ttl", settings.ttl),
@@ -319,7 +320,7 @@ def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
         try:
             replay = drive(flow.begin(SYNC, run))
             if replay is None:
-                with flow.Running(SYNC, run):
+                with Running(SYNC, run):
                     value = function(*args, **kwargs)
                 if inspect.iscoroutine(value) and inspect.getcoroutinestate(value) == inspect.CORO_CREATED:
                     unrun, value = value, _UNSET
@@ -359,7 +360,7 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
         try:
             replay = await flow.begin(driver, run)
             if replay is None:
-                with flow.Running(driver, run):
+                with Running(driver, run):
                     value = await function(*args, **kwargs)
         except GeneratorExit:  # the coroutine is thrown away and can await nothing: the lease is left to run out
             driver.drop(run)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from idempotent import _acquire as flow
 from idempotent import _config as config
-from idempotent._acquire import Asker, Ending, Held, Plan, Watch
+from idempotent._acquire import Ending
 from idempotent._config import DEFAULT, Default, Duration, seconds
 from idempotent._drive import SyncDriver, drive, finish
 from idempotent._record import LOCKS, Record, RecordId
+from idempotent._rooms import Asker, Held, Plan, Watch, renewal, rooms_of
 from idempotent.backends.base import Backend
 from idempotent.errors import IdempotencyError, LockError, LockTimeout
 from idempotent.keys import Binder, check_key
@@ -30,14 +31,14 @@ __all__ = ["AsyncHold", "AsyncLock", "Hold", "Lock", "LockInfo", "serialized"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SYNC: SyncDriver[Held | Watch] = SyncDriver(flow.renewal)
+SYNC: SyncDriver[Held | Watch] = SyncDriver(renewal)
 
 
 @functools.cache
 def _async() -> "AsyncDriver[Held | Watch]":
     from idempotent._aio import AsyncDriver  # asyncio is imported only for those who use it
 
-    return AsyncDriver(flow.renewal)
+    return AsyncDriver(renewal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +290,7 @@ class _Options:
             shared = config.resolve_backend(self.backend)
             plan = Plan(
                 backend=shared.asynchronous() if self.is_async else shared.blocking(),
-                rooms=flow.rooms_of(shared),
+                rooms=rooms_of(shared),
                 lease=self.lease if self.max_hold is None else min(self.lease, self.max_hold),
                 wait=self.wait,
                 heartbeat=self.heartbeat,

@@ -803,7 +803,7 @@ def test_a_process_that_closes_nothing_exits_clean_and_silent(backend_url: str, 
 
 WAITING = """
 import sys, threading
-from idempotent import InProgress, _flow, idempotent
+from idempotent import InProgress, _run, decorator, idempotent
 
 url = sys.argv[1]
 entered, leave = threading.Event(), threading.Event()
@@ -815,7 +815,7 @@ def work():
 first = threading.Thread(target=idempotent(backend=url, namespace="waiting")(work))
 first.start()
 entered.wait(10)
-_flow.flights_of = lambda backend: _flow.Flights()  # as if in another process: it waits at the backend
+decorator.flights_of = lambda backend: _run.Flights()  # as if in another process: it waits at the backend
 try:
     idempotent(backend=url, namespace="waiting", wait=0.1)(work)()
 except InProgress:

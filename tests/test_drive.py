@@ -17,7 +17,7 @@ from colours import COLOURS, Colour
 from faulty import Faulty
 from test_calls import Counter, Gate
 
-from idempotent import InProgress, LocalBackend, UnstableKey, current_call, idempotent
+from idempotent import InProgress, LocalBackend, UnstableKey, _run, current_call, idempotent
 from idempotent import _flow as flow
 from idempotent._drive import drive
 from idempotent._record import Answer
@@ -191,7 +191,7 @@ def test_waiters_outnumber_what_the_bell_holds_while_the_server_does_not_answer(
 
 
 def test_the_collector_may_end_a_lost_call_while_flights_are_looked_at() -> None:
-    flights = flow.Flights()
+    flights = _run.Flights()
     lost = flow.Run(_plan(flights), flow.RecordId("n", "k"), b"", dict)
     assert flights.board(lost, 0.0, 10.0) is None
     done = threading.Event()
@@ -205,7 +205,7 @@ def test_the_collector_may_end_a_lost_call_while_flights_are_looked_at() -> None
     assert done.wait(20)
 
 
-def _plan(flights: flow.Flights) -> Any:
+def _plan(flights: _run.Flights) -> Any:
     class Plan:
         pass
 

@@ -38,8 +38,8 @@ from idempotent import (
     LockTimeout,
     NotHeld,
     ProcessLocalWarning,
-    _acquire,
     _config,
+    _rooms,
     configure,
     idempotent,
     open_backend,
@@ -156,7 +156,7 @@ def apart(url: str, after: contextlib.ExitStack) -> Backend:
 
 def waiting(url: str, name: str = "l") -> int:
     """How many stand in line for a lock in this process."""
-    room = _acquire.rooms_of(open_backend(url))._by_key.get(RecordId("", name, LOCKS).text)
+    room = _rooms.rooms_of(open_backend(url))._by_key.get(RecordId("", name, LOCKS).text)
     return 0 if room is None else len(room.line)
 
 
@@ -435,7 +435,7 @@ def test_waiters_of_one_process_are_served_in_turn_and_ask_little(kind: Kind) ->
         served.append(number)
         mine.release()
 
-    room = lambda: next(iter(_acquire.rooms_of(backend)._by_key.values()))  # noqa: E731
+    room = lambda: next(iter(_rooms.rooms_of(backend)._by_key.values()))  # noqa: E731
     futures = []
     for number in range(30):
         futures.append(start(work, number))
@@ -1380,7 +1380,7 @@ def test_ten_thousand_holds_leave_nothing_behind(kind: Kind, backend_url: str, _
         assert kind.loops[0].run(tasks()) == 0
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= files + 1
-    held = [each for each in gc.get_objects() if isinstance(each, _acquire.Held)]
+    held = [each for each in gc.get_objects() if isinstance(each, _rooms.Held)]
     assert held == []
     _assert_only_a_tombstone(backend_url)
 
@@ -1416,7 +1416,7 @@ def test_many_names_leave_a_bounded_number_of_rooms() -> None:
     for number in range(5000):
         with Lock(f"n{number}", backend=backend):
             pass
-    assert len(_acquire.rooms_of(backend)._by_key) <= 1024
+    assert len(_rooms.rooms_of(backend)._by_key) <= 1024
 
 
 def test_the_heartbeats_of_many_holds_share_a_few_threads(backend_url: str) -> None:
