@@ -40,6 +40,8 @@ from idempotent._record import Granted, RecordId
 from idempotent.backends._engines import twins
 
 LEASE = 2.0
+CHECKOUT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+"""The environment of a process that is to run this checkout, and not a copy that is installed."""
 
 
 class Worker:
@@ -52,6 +54,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=CHECKOUT,
         )
         self.hear("ready")
 
@@ -462,9 +465,8 @@ def test_a_child_forked_inside_a_call_holds_nothing_of_it(
 def test_what_a_forked_child_records_is_there_after_its_parent_is_gone(shared_backend_url: str, effects: Path) -> None:
     program = """
 import os, sys, time
-sys.path.insert(0, sys.argv[1])
 from idempotent import idempotent, open_backend
-url, effects = sys.argv[2:4]
+url, effects = sys.argv[1:3]
 @idempotent(backend=url, namespace="n", key="{order}")
 def work(order):
     with open(effects, "a") as file:
@@ -483,8 +485,8 @@ if os.fork() == 0:
 time.sleep(0.3)
 open_backend(url).close()
 """
-    arguments = [str(Path(__file__).parent.parent), shared_backend_url, str(effects)]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", program, shared_backend_url, str(effects)]
+    done = subprocess.run(command, env=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("done\n", "")
     work = COLOURS[0].define(lambda order: "again", backend=shared_backend_url, namespace="n", key="{order}")
     assert [work(order) for order in ("before", "first", "second", "third")] == ["before", "first", "second", "third"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import subprocess
 import sys
 import time
@@ -142,9 +143,10 @@ def test_a_real_celery_worker_runs_duplicates_once(redis_server: Any, tmp_path: 
     broker = f"redis://127.0.0.1:{redis_server.port}/5"
     backend = f"redis://127.0.0.1:{redis_server.port}/0?prefix=celery-{tmp_path.name}"
     (tmp_path / "shop.py").write_text(WORKER.format(broker=broker, backend=backend, effects=effects))
+    here = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}}
     worker = subprocess.Popen(
         [sys.executable, "-m", "celery", "-A", "shop", "worker", "--pool=threads", "--concurrency=4", "-l", "ERROR"],
-        cwd=tmp_path,
+        **here,
     )
     try:
         client = (
@@ -153,7 +155,7 @@ def test_a_real_celery_worker_runs_duplicates_once(redis_server: Any, tmp_path: 
             "print([r.get(timeout=40) for r in results])\n"
         )
         answers = subprocess.run(
-            [sys.executable, "-c", client], cwd=tmp_path, capture_output=True, text=True, timeout=50, check=True
+            [sys.executable, "-c", client], **here, capture_output=True, text=True, timeout=50, check=True
         ).stdout
     finally:
         worker.terminate()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import os
 import sqlite3
 import subprocess
 import sys
@@ -876,8 +877,11 @@ print(work())
 @on_each_database
 def test_processes_that_find_no_table_make_one(backend_url: str) -> None:
     command = [sys.executable, "-c", FIRST_USE, backend_url]
+    checkout = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}  # and not a copy that is installed
     workers = [
-        subprocess.Popen([*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=checkout
+        )
         for number in range(4)
     ]
     for worker in workers:
