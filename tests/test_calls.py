@@ -1,9 +1,10 @@
 """What callers are promised, on every backend and in both colours."""
 
+import collections
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -17,15 +18,20 @@ from faulty import Faulty
 from pydantic import BaseModel
 
 from idempotent import (
+    Backend,
     FingerprintMismatch,
     InProgress,
     LocalBackend,
+    OutcomeUnknown,
     ResultTypeWarning,
     ResultUnavailable,
     SerializationError,
     _config,
     current_call,
+    open_backend,
 )
+from idempotent._drive import drive
+from idempotent._record import RecordId
 
 
 @pytest.fixture(params=COLOURS, ids=repr)
@@ -72,6 +78,19 @@ class Gate:
         assert self.opened.wait(30)
 
 
+def apart(url: str) -> Backend:
+    """Another backend object on the records of `url`: its calls meet the others in the store, not in the process."""
+    return Faulty(open_backend(url))
+
+
+in_both_places = pytest.mark.parametrize("place", ["in the process", "in the store"])
+
+
+def backend_at(place: str, url: str) -> Backend | str:
+    """What a duplicate is given so that it meets the first call there."""
+    return apart(url) if place == "in the store" else url
+
+
 def test_two_hundred_duplicates_run_once_and_agree(backend_url: str, colour: Colour, effects: Counter) -> None:
     def charge(order: str, amount: int) -> dict[str, Any]:
         time.sleep(0.05)
@@ -97,14 +116,14 @@ def test_a_function_that_raises_tells_nobody_a_result_and_runs_again_later(
             raise DownstreamError(order)
         return "done"
 
-    charge = colour.define(charge, backend=backend_url, key="charge:{order}")
-    answers = colour.storm(charge, 20, "o1")
-    assert {type(answer) for answer in answers} == {DownstreamError}
-    assert effects.count == 20
+    charge = colour.define(charge, backend=backend_url, key="charge:{order}", wait=100)
+    answers = colour.storm(charge, 200, "o1")
+    assert collections.Counter(map(type, answers)) == {DownstreamError: 200}
+    assert effects.count == 200
     broken = False
     assert colour.call(charge, "o1") == "done"
     assert colour.call(charge, "o1") == "done"
-    assert effects.count == 21
+    assert effects.count == 201
 
 
 def test_without_wait_a_duplicate_is_told_the_lease_left(backend_url: str, colour: Colour, gate: Gate) -> None:
@@ -123,21 +142,30 @@ def test_without_wait_a_duplicate_is_told_the_lease_left(backend_url: str, colou
     assert colour.call(slow) == "done"
 
 
-def test_a_duplicate_whose_wait_runs_out_is_refused_alike(backend_url: str, colour: Colour, gate: Gate) -> None:
-    def slow() -> str:
+@in_both_places
+def test_a_duplicate_whose_wait_runs_out_is_refused_alike_and_leaves_the_runner_alone(
+    backend_url: str, colour: Colour, gate: Gate, effects: Counter, place: str
+) -> None:
+    def slow() -> int:
         gate.pass_through()
-        return "done"
+        return effects.hit()
 
-    slow = colour.define(slow, backend=backend_url, wait=0.3, lease=20)
-    first = colour.start(slow)
+    first = colour.define(slow, backend=backend_url, namespace="n", lease=20)
+    second = colour.define(slow, backend=backend_at(place, backend_url), namespace="n", lease=20, wait=0.3)
+    running = colour.start(first)
     assert gate.entered.wait(30)
+    before = colour.call(second.peek)
     began = time.monotonic()
     with pytest.raises(InProgress) as refused:
-        colour.call(slow)
+        colour.call(second)
     assert time.monotonic() - began >= 0.3
     assert 5 < refused.value.retry_after <= 20
+    after = colour.call(second.peek)
+    assert (after.state, after.token, after.attempt) == ("running", before.token, before.attempt)
     gate.opened.set()
-    assert first.result(30) == "done"
+    assert running.result(30) == 1
+    replay = colour.call(second.outcome)
+    assert (replay.value, replay.replayed, replay.token, effects.count) == (1, True, before.token, 1)
 
 
 class Coin(Enum):
@@ -244,7 +272,9 @@ PLAIN: list[Any] = [
 def test_unannotated_standard_values_keep_their_type(backend_url: str, colour: Colour, value: Any) -> None:
     produce = colour.define(lambda: value, backend=backend_url, namespace="plain")
     assert same(colour.call(produce), value)
-    assert same(colour.call(produce), value)
+    replay = colour.call(produce.outcome)
+    assert replay.replayed
+    assert same(replay.value, value)
 
 
 def test_unannotated_instances_come_back_as_dicts_from_the_first_call_on_with_a_warning(
@@ -336,26 +366,58 @@ def test_an_error_that_cannot_be_encoded_still_ends_the_record(
     assert effects.count == 1
 
 
+class Interruption(BaseException):
+    """What ends a run that is no ordinary error: its outcome is unknown where `on_crash` says so."""
+
+
+@pytest.mark.parametrize("state", ["running", "lapsed", "completed", "failed", "unknown"])
 def test_the_same_key_with_other_arguments_is_refused_in_every_state(
-    backend_url: str, colour: Colour, gate: Gate, effects: Counter
+    backend_url: str, colour: Colour, gate: Gate, effects: Counter, state: str
 ) -> None:
+    errors = {"failed": DeclinedError("no", Decimal(1)), "unknown": Interruption(), "lapsed": KeyError("not released")}
+
     def charge(order: str, amount: int) -> int:
-        effects.hit()
-        gate.pass_through()
+        if effects.hit() == 1 and state in errors:
+            raise errors[state]
+        if state == "running":
+            gate.pass_through()
         return amount
 
-    charge = colour.define(charge, backend=backend_url, key="charge:{order}", wait=None)
+    faulty = Faulty(open_backend(backend_url))
+    drive(faulty.blocking().read(RecordId("n", "none")))  # connected, and its table made, before a short lease begins
+    charge = colour.define(
+        charge,
+        backend=faulty,
+        key="charge:{order}",
+        wait=10,
+        lease=0.3 if state == "lapsed" else 30,
+        error_ttl={DeclinedError: 60},
+        on_crash="raise" if state == "unknown" else "rerun",
+    )
+    if state == "lapsed":
+        faulty.plant("release", "before", times=10_000)
     first = colour.start(charge, "o1", 5)
-    assert gate.entered.wait(30)
-    with pytest.raises(FingerprintMismatch):  # while it runs, and before any wait
+    if state == "running":
+        assert gate.entered.wait(30)
+    else:
+        assert first.exception(30) is errors.get(state)
+    faulty.faults.clear()
+    before = colour.call(charge.peek, "o1", 5)
+    while state == "lapsed" and before.lease_left > 0:
+        before = colour.call(charge.peek, "o1", 5)
+    assert before.state == ("running" if state == "lapsed" else state)
+    with pytest.raises(FingerprintMismatch) as refused:  # before any wait, replay or takeover
         colour.call(charge, "o1", 6)
+    assert "o1" not in str(refused.value)
+    after = colour.call(charge.peek, "o1", 5)
+    assert (after.state, after.token, after.attempt) == (before.state, before.token, before.attempt)
     gate.opened.set()
-    assert first.result(30) == 5
-    with pytest.raises(FingerprintMismatch) as settled:
-        colour.call(charge, "o1", 6)
-    assert "o1" not in str(settled.value)
-    assert colour.call(charge, "o1", 5) == 5
-    assert effects.count == 1
+    if state in ("failed", "unknown"):
+        with pytest.raises(DeclinedError if state == "failed" else OutcomeUnknown):
+            colour.call(charge, "o1", 5)
+    else:
+        assert colour.call(charge, "o1", 5) == 5
+    assert effects.count == (2 if state == "lapsed" else 1)
 
 
 def test_ignored_parameters_are_in_neither_key_nor_fingerprint(
@@ -385,8 +447,9 @@ def test_arguments_mutated_inside_the_function_change_nothing(
 @pytest.mark.parametrize("keys", [["Key-1", "KEY-1", "Key-1 ", "Kéy-1", "key-1"], ["a:b", "a", "b"], ["x" * 1000]])
 def test_keys_are_compared_exactly(backend_url: str, colour: Colour, keys: list[str]) -> None:
     charge = colour.define(lambda order: order, backend=backend_url, key="{order}", namespace="exact")
-    for _ in range(2):
-        assert [colour.call(charge, key) for key in keys] == keys
+    for replayed in (False, True):
+        outcomes = [colour.call(charge.outcome, key) for key in keys]
+        assert [(outcome.value, outcome.replayed) for outcome in outcomes] == [(key, replayed) for key in keys]
     assert colour.call(charge.with_key("given"), "x") == "x"
 
 
@@ -396,9 +459,10 @@ def test_keys_are_unique_within_their_namespace(backend_url: str, colour: Colour
         colour.define(lambda order, pair=pair: list(pair), backend=backend_url, namespace=pair[0], ignore=("pair",))
         for pair in pairs
     ]
-    for _ in range(2):
+    for replayed in (False, True):
         for function, (namespace, key) in zip(functions, pairs, strict=True):
-            assert colour.call(function.with_key(key), "x") == [namespace, key]
+            outcome = colour.call(function.with_key(key).outcome, "x")
+            assert (outcome.value, outcome.replayed) == ([namespace, key], replayed)
 
 
 def test_outcome_says_how_the_call_was_answered(backend_url: str, colour: Colour) -> None:
@@ -467,41 +531,69 @@ def test_peek_explain_and_forget(backend_url: str, colour: Colour, gate: Gate, e
     assert colour.call(charge, "o1") == 2
 
 
-def test_an_outcome_is_replayed_for_its_ttl_only(backend_url: str, colour: Colour, effects: Counter) -> None:
-    charge = colour.define(lambda: effects.hit(), backend=backend_url, ttl=0.2, namespace="ttl")
-    assert colour.call(charge) == 1
-    deadline = time.monotonic() + 10
-    while colour.call(charge) == 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert effects.count == 2
+@pytest.mark.parametrize("kind", ["result", "error"])
+def test_an_outcome_is_replayed_for_its_ttl_only(backend_url: str, colour: Colour, effects: Counter, kind: str) -> None:
+    def work() -> None:
+        effects.hit()
+        if kind == "error":
+            raise DeclinedError("no", Decimal(effects.count))
+
+    ttls: dict[str, Any] = {"ttl": 60, "error_ttl": {DeclinedError: 0.2}} if kind == "error" else {"ttl": 0.2}
+    work = colour.define(work, backend=backend_url, **ttls)
+    began = time.monotonic()
+    while effects.count < 2:
+        assert time.monotonic() - began < 10
+        with pytest.raises(DeclinedError) if kind == "error" else contextlib.nullcontext():
+            colour.call(work)
+    assert time.monotonic() - began > 0.19  # Redis counts in whole milliseconds
 
 
-def test_sync_and_async_callers_share_one_record(backend_url: str, gate: Gate, effects: Counter) -> None:
+@in_both_places
+def test_a_duplicate_of_the_other_colour_waits_for_the_run_and_replays_it(
+    backend_url: str, colour: Colour, gate: Gate, effects: Counter, place: str
+) -> None:
     def charge(order: str) -> int:
         gate.pass_through()
         return effects.hit()
 
-    twins = [colour.define(charge, backend=backend_url, key="{order}", namespace="shared") for colour in COLOURS]
-    first = COLOURS[0].start(twins[0], "o1")
+    other = next(each for each in COLOURS if each is not colour)
+    first = colour.define(charge, backend=backend_url, key="{order}", namespace="shared")
+    second = other.define(charge, backend=backend_at(place, backend_url), key="{order}", namespace="shared")
+    running = colour.start(first, "o1")
     assert gate.entered.wait(30)
-    second = COLOURS[1].start(twins[1], "o1")
+    waiting = other.start(second.outcome, "o1")
+    while not second.stats().get("waited"):
+        time.sleep(0.002)
     gate.opened.set()
-    assert (first.result(30), second.result(30), effects.count) == (1, 1, 1)
-
-
-def test_a_slow_function_with_heartbeats_is_never_taken_over(
-    backend_url: str, colour: Colour, effects: Counter
-) -> None:
-    lease = 0.5
-
-    def slow() -> int:
-        time.sleep(4 * lease)
-        return effects.hit()
-
-    slow = colour.define(slow, backend=backend_url, lease=lease)
-    answers = colour.storm(slow, 3)
-    assert answers == [1, 1, 1]
+    assert running.result(30) == 1
+    assert (waiting.result(30).value, waiting.result(30).replayed) == (1, True)
     assert effects.count == 1
+
+
+def test_a_slow_function_with_heartbeats_is_never_taken_over(backend_url: str, effects: Counter) -> None:
+    lease = 1.0
+    entered = threading.Semaphore(0)
+
+    def slow(order: str) -> int:
+        number = effects.hit()
+        entered.release()
+        time.sleep(4 * lease)  # what is tested is that time passes and nothing happens
+        return number
+
+    def define(colour: Colour, backend: Backend | str) -> Any:
+        return colour.define(slow, backend=backend, key="{order}", namespace="slow", lease=lease)
+
+    # Both colours at once, as it takes its time; each has duplicates of both that ask the store.
+    running = [colour.start(define(colour, backend_url), colour.name) for colour in COLOURS]
+    assert all(entered.acquire(timeout=30) for _ in COLOURS)
+    duplicates = [define(colour, apart(backend_url)) for colour in COLOURS]
+    waiting = [
+        [colour.start(each, run.name) for run in COLOURS] for colour, each in zip(COLOURS, duplicates, strict=True)
+    ]
+    answers = [call.result(30) for call in running]
+    assert [[call.result(30) for call in calls] for calls in waiting] == [answers, answers]
+    assert sorted(answers) == [1, 2]
+    assert effects.count == 2
 
 
 def test_a_function_that_calls_itself_with_its_own_key_is_told_at_once(backend_url: str, colour: Colour) -> None:
@@ -531,6 +623,44 @@ def test_a_waiter_on_the_local_backend_is_woken_and_does_not_poll(colour: Colour
     gate.opened.set()
     assert (first.result(30), second.result(30)) == ("done", "done")
     assert backend.calls == ["claim", "changed", "claim"]
+
+
+class Meanwhile(Faulty):
+    """A backend on which something happens between the reply "busy" and the subscription that follows it."""
+
+    def __init__(self, inner: Backend, happen: Callable[[], object], waits: list[float]) -> None:
+        super().__init__(inner)
+        self.happen, self.waits = happen, waits
+
+    def _view(self, colour: str, inner: Backend) -> Faulty:
+        return Meanwhile(inner, self.happen, self.waits)
+
+    async def changed(self, *args: Any, **kwargs: Any) -> None:
+        self.happen()
+        began = time.monotonic()
+        await super().changed(*args, **kwargs)
+        self.waits.append(time.monotonic() - began)
+
+
+def test_a_run_that_ends_before_its_waiter_has_subscribed_is_not_waited_for(
+    backend_url: str, colour: Colour, gate: Gate, effects: Counter
+) -> None:
+    def work() -> int:
+        gate.pass_through()
+        return effects.hit()
+
+    def end() -> None:
+        gate.opened.set()
+        assert running.result(30) == 1
+
+    waits: list[float] = []
+    inner = open_backend(backend_url)
+    running = colour.start(colour.define(work, backend=inner, namespace="n"))
+    assert gate.entered.wait(30)
+    assert colour.call(colour.define(work, backend=Meanwhile(inner, end, waits), namespace="n")) == 1
+    assert len(waits) == 1
+    assert waits[0] < 0.9  # a look of its own would come after a second, if at all
+    assert effects.count == 1
 
 
 def test_tokens_grow_over_releases_whoever_claims_next(
