@@ -5,11 +5,14 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from colours import COLOURS, Colour
+from faulty import Faulty
 
 import idempotent as package
 from idempotent import configure, idempotent
@@ -357,24 +360,47 @@ def test_without_any_backend_it_warns_once_that_other_processes_do_not_share(mon
     assert [work(1), work(2)] == [1, 2]
 
 
-def test_a_near_deadline_is_not_overshot() -> None:
-    """`wait` bounds the whole call, however many times its runner raised before."""
-    import threading
+@pytest.mark.parametrize("colour", COLOURS, ids=repr)
+def test_a_near_deadline_is_not_overshot(colour: Colour) -> None:
+    """`wait` bounds the whole call, also where its runner has raised and another one runs."""
+    wait, first_takes = 2.0, 1.2
+    entered = threading.Semaphore(0)
+    ends = [threading.Event(), threading.Event()]
 
-    entered = threading.Event()
-    leave = threading.Event()
-
-    @idempotent(wait=0.2)
     def work() -> None:
-        entered.set()
-        leave.wait(30)
+        CALLS.append("run")
+        end = ends[len(CALLS) - 1]
+        entered.release()
+        assert end.wait(30)
+        raise KeyError(len(CALLS))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert entered.wait(10)
+    def lasted(function: Any) -> float | None:
+        began = time.monotonic()
+        try:
+            colour.call(function)
+        except package.InProgress:
+            return time.monotonic() - began
+        except KeyError:
+            return None
+
+    # Two wait in the process behind the first; two, on a backend object of their own, in the store.
+    backend = package.LocalBackend()
+    here, apart = (colour.define(work, backend=each, namespace="n", wait=wait) for each in (backend, Faulty(backend)))
+    first = colour.start(here)
+    assert entered.acquire(timeout=30)
     began = time.monotonic()
-    with pytest.raises(package.InProgress):
-        work()
-    assert time.monotonic() - began < 10
-    leave.set()
-    thread.join()
+    waiting = [COLOURS[0].start(lasted, function) for function in (here, here, apart, apart)]
+    while (here.stats().get("waited"), apart.stats().get("waited")) != (2, 2):
+        time.sleep(0.005)
+    time.sleep(max(0.0, began + first_takes - time.monotonic()))  # so much of their wait is over
+    ends[0].set()
+    assert isinstance(first.exception(30), KeyError)
+    assert entered.acquire(timeout=30)  # one of them runs now
+    while sum(call.done() for call in waiting) < 3:
+        time.sleep(0.005)
+    ends[1].set()
+    times = [call.result(30) for call in waiting]
+    refused = [taken for taken in times if taken is not None]
+    assert len(refused) == 3
+    assert wait <= min(refused)
+    assert max(refused) < first_takes + wait - 0.3
