@@ -113,7 +113,7 @@ def hire(shared_backend_url: str, colour: Colour, effects: Path) -> Iterator[Hir
         worker.end()
 
 
-def define(colour: Colour, url: str, effects: Path, **options: Any) -> Any:
+def define(colour: Colour, url: str | Backend, effects: Path, **options: Any) -> Any:
     """The worker's function, in this process."""
 
     def work(order: str) -> str:
@@ -160,12 +160,14 @@ def test_a_killed_workers_key_is_taken_over_once_and_not_before_its_lease_ends(
     impatient = define(colour, shared_backend_url, effects, wait=0)
     assert colour.call(impatient.peek, "o1") is None  # connected before the lease begins
     worker = hire()
+    began = time.monotonic()
     token = worker.enter("o1")
     worker.signal(signal.SIGKILL)
     with pytest.raises(InProgress) as refused:
         colour.call(impatient, "o1")
     assert 0 < refused.value.retry_after <= LEASE
     answers = colour.storm(work, 10, "o1")
+    assert time.monotonic() - began >= LEASE
     assert answers == ["by the test, o1"] * 10
     [(_, taken_over)] = happened(effects)
     assert taken_over > token
@@ -233,18 +235,27 @@ def test_a_frozen_worker_that_was_overtaken_is_told_and_changes_nothing(
     hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
 ) -> None:
     work = define(colour, shared_backend_url, effects)
-    worker = hire()
-    token = worker.enter("o1")
-    worker.signal(signal.SIGSTOP)
-    assert colour.call(work, "o1") == "by the test, o1"
-    record = colour.call(work.peek, "o1")
-    worker.signal(signal.SIGCONT)
-    worker.tell("return stale")
-    assert worker.hear("error") == "LeaseLost"
-    after = colour.call(work.peek, "o1")
-    assert (after.token, after.attempt) == (record.token, record.attempt)
-    assert after.token > token
-    assert colour.call(work, "o1") == "by the test, o1"
+    workers = {"running": hire(), "completed": hire()}
+    tokens = {state: worker.enter(state) for state, worker in workers.items()}
+    for worker in workers.values():
+        worker.signal(signal.SIGSTOP)
+    successor = hire()
+    taken_over = successor.enter("running")  # and it stays inside
+    assert colour.call(work, "completed") == "by the test, completed"
+    for state, worker in workers.items():
+        record = colour.call(work.peek, state)
+        assert record.state == state
+        assert record.token > tokens[state]
+        worker.signal(signal.SIGCONT)
+        worker.tell("return stale")
+        assert worker.hear("error") == "LeaseLost"
+        after = colour.call(work.peek, state)
+        assert (after.state, after.token, after.attempt) == (state, record.token, record.attempt)
+    successor.tell("return fresh")
+    assert json.loads(successor.hear("result")) == "fresh"
+    outcome = colour.call(work.outcome, "running")
+    assert (outcome.value, outcome.replayed, outcome.token) == ("fresh", True, taken_over)
+    assert colour.call(work, "completed") == "by the test, completed"
 
 
 def test_a_frozen_worker_whose_successor_failed_is_told_as_well(hire: Hire, effects: Path) -> None:
@@ -273,7 +284,10 @@ def test_a_frozen_worker_that_fails_after_it_was_overtaken_changes_nothing(
     assert colour.call(work, "o1") == "by the test, o1"
     worker.signal(signal.SIGCONT)
     worker.tell("raise")
-    assert worker.hear("error") == "CardDeclinedError"
+    kind, _, note = worker.hear("error").partition(" ")
+    assert kind == "CardDeclinedError"
+    assert note.startswith("idempotent: ")
+    assert "another call took over" in note
     assert colour.call(work, "o1") == "by the test, o1"
     assert len(happened(effects)) == 1
 
@@ -309,18 +323,21 @@ def test_a_frozen_worker_whose_record_was_resolved_is_told(
     assert colour.call(work, "o1") == "by hand"
 
 
-def test_a_worker_slower_than_its_lease_keeps_it_and_others_wait(
-    hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
+def test_a_worker_slower_than_its_lease_keeps_it_and_others_of_either_colour_wait(
+    hire: Hire, shared_backend_url: str, effects: Path, _fresh: contextlib.ExitStack
 ) -> None:
-    work = define(colour, shared_backend_url, effects)
     worker = hire()
     worker.enter("o1")
-    waiter = colour.start(work, "o1")
+    waiters = []
+    for colour in COLOURS:
+        backend = _config._open(shared_backend_url)  # each waits in the store, not one behind the other
+        _fresh.callback(backend.close)
+        waiters.append(colour.start(define(colour, backend, effects), "o1"))
     time.sleep(2 * LEASE)  # what is tested is that time passes and nothing happens
-    assert not waiter.done()
+    assert not any(waiter.done() for waiter in waiters)
     worker.tell("return slow")
     assert worker.hear("result") == '"slow"'
-    assert waiter.result(30) == "slow"
+    assert [waiter.result(30) for waiter in waiters] == ["slow", "slow"]
 
 
 @pytest.mark.parametrize("colour", COLOURS[:1], ids=repr)  # the async twin: test_cancel.py

@@ -3,7 +3,7 @@
 python worker.py '{"colour": "sync", "options": {"backend": URL, "key": "{order}", ...}, "effects": FILE}'
 
 call ORDER        call the function; it says "enter TOKEN" from inside and waits for the next line:
-                  "return TEXT" or "raise"; then comes "result JSON" or "error CLASS"
+                  "return TEXT" or "raise"; then comes "result JSON" or "error CLASS NOTES..."
 storm ORDER N     N calls at once of a function that does not wait; "answers JSON"
 fail ORDER N      the same of one that raises
 """
@@ -70,7 +70,7 @@ def main() -> None:
             else:
                 say("result", json.dumps(colour.call(function, order)))
         except BaseException as error:
-            say("error", type(error).__name__)
+            say("error", type(error).__name__, *getattr(error, "__notes__", ()))
 
 
 if __name__ == "__main__":
