@@ -32,7 +32,7 @@ class Store(Protocol):
         ...
 
     def age(self, rid: RecordId, by: int) -> None:
-        """Move the instants of the stored row back, as if `by` microseconds had passed."""
+        """Move the instants of the stored row back, as if `by` microseconds had passed; or have them pass."""
         ...
 
 
@@ -74,8 +74,13 @@ def aged(row: Row, by: int) -> Row:
     )
 
 
-def disagreement(commands: Commands, store: Store, rid: RecordId, seed: int, steps: int) -> str:
-    """Where the backend first differs from the machine in a random history; "" if nowhere."""
+def disagreement(
+    commands: Commands, store: Store, rid: RecordId, seed: int, steps: int, *, clock_moves: bool = False
+) -> str:
+    """Where the backend first differs from the machine in a random history; "" if nowhere.
+
+    `clock_moves`: the store ages by moving its clock and not the row; its tokens grow even if the clock steps back.
+    """
     dice = random.Random(seed)
     history: list[str] = []
     tokens: list[int] = []
@@ -87,8 +92,9 @@ def disagreement(commands: Commands, store: Store, rid: RecordId, seed: int, ste
         if name == "age":
             if row is not None:
                 store.age(rid, arguments["by"])
-            tokens = [token - arguments["by"] for token in tokens]
-            stepped_back |= arguments["by"] < 0
+            if not clock_moves:
+                tokens = [token - arguments["by"] for token in tokens]
+                stepped_back |= arguments["by"] < 0
             continue
         before = store.clock()
         reply = getattr(commands, name)(rid, **arguments)
