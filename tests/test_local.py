@@ -267,3 +267,15 @@ def test_a_purge_drops_what_is_past_its_retention_and_nothing_else(colour: Colou
         assert commands.purge() == 1
         assert len(backend._store.settled) == 1
         assert sorted(record.key for record in commands.scanned()) == ["long", "running"]
+
+
+def test_a_forgotten_record_does_not_come_back_when_its_tombstone_is_swept(colour: Colour, clock: Clock) -> None:
+    rid = RecordId("n", "k")
+    with Commands(LocalBackend(clock=clock), colour) as commands:
+        settle(commands, rid, ttl=1000)
+        assert commands.forget(rid).state == "completed"
+        assert commands.scanned() == []
+        clock.pass_by(20)
+        assert commands.purge() == 1
+        assert commands.read(rid) is None
+        assert isinstance(claim(commands, rid, B), Granted)
