@@ -1,5 +1,6 @@
 """Keys and fingerprints: what is a key, how calls become one, and that two different calls never share it."""
 
+import asyncio
 import inspect
 import itertools
 import json
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, Flag, IntEnum, StrEnum
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -18,10 +20,12 @@ from uuid import UUID
 
 import pytest
 import time_machine
+from colours import COLOURS, Colour
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from idempotent.errors import InvalidKey, KeyRequired, UnstableKey
+from idempotent import LocalBackend, idempotent
+from idempotent.errors import CallError, FingerprintMismatch, InvalidKey, KeyRequired, UnstableKey
 from idempotent.keys import Binder, check_key, new_key
 
 Function = Callable[..., Any]
@@ -313,7 +317,7 @@ def test_ignoring_what_is_no_parameter_is_refused_at_decoration() -> None:
 # --------------------------------------------------------------------------------------------------- templates
 
 
-class Colour(Enum):
+class Hue(Enum):
     RED = "r"
 
 
@@ -346,7 +350,7 @@ class Order:
         (date(2024, 1, 2), "2024-01-02"),
         (datetime(2024, 1, 2, 3, tzinfo=UTC), "2024-01-02T03:00:00+00:00"),
         (time(1, 2), "01:02:00"),
-        (Colour.RED, "RED"),
+        (Hue.RED, "RED"),
         (Size.SMALL, "SMALL"),
         (Word.ONE, "ONE"),
     ],
@@ -713,6 +717,162 @@ def test_an_ignored_instance_may_be_unstable() -> None:
 def test_a_class_is_part_of_the_key_of_all_arguments_by_its_name() -> None:
     bound = binder(Account.build)
     assert key_of(bound, Account, 5) != key_of(bound, Wallet, 5)
+
+
+# ------------------------------------------------------------------------------------------- decorated functions
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    return request.param
+
+
+def test_a_decorator_without_a_fingerprint_replays_to_other_arguments(backend_url: str, colour: Colour) -> None:
+    runs: list[tuple[str, int]] = []
+
+    def pay(order: str, amount: int) -> int:
+        runs.append((order, amount))
+        return amount
+
+    free = colour.define(pay, backend=backend_url, namespace="n", key="{order}", fingerprint=False)
+    assert colour.call(free, "o", 5) == colour.call(free, "o", 6) == 5
+    assert colour.call(free.explain, "o", 7).decision == "would_replay"
+    assert colour.call(free.peek, "o", 8).fingerprint == ""
+    strict = colour.define(pay, backend=backend_url, namespace="n", key="{order}")
+    assert colour.call(strict, "o", 9) == 5, "what the record does not hold is not compared"
+    assert runs == [("o", 5)]
+
+
+@pytest.mark.parametrize("digest", [lambda amount: str(amount), lambda amount: b"%d" % amount], ids=["text", "bytes"])
+def test_a_decorators_own_fingerprint_is_what_is_compared(backend_url: str, colour: Colour, digest: Any) -> None:
+    runs: list[tuple[str, int, str]] = []
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def pay(order: str, amount: int, *, note: str = "") -> int:
+        runs.append((order, amount, note))
+        return amount
+
+    def by_amount(*args: Any, **kwargs: Any) -> str | bytes:
+        seen.append((args, kwargs))
+        return digest(args[1])
+
+    pay = colour.define(pay, backend=backend_url, key="{order}", fingerprint=by_amount)
+    assert colour.call(pay, "o", 5, note="first") == colour.call(pay, "o", 5, note="again") == 5
+    with pytest.raises(FingerprintMismatch):
+        colour.call(pay, "o", 6, note="first")
+    assert colour.call(pay.explain, "o", 6).decision == "would_refuse"
+    assert runs == [("o", 5, "first")]
+    assert seen[:2] == [(("o", 5), {"note": "first"}), (("o", 5), {"note": "again"})]
+
+
+@pytest.mark.parametrize(
+    "key, error",
+    [
+        (None, KeyRequired),
+        ("", KeyRequired),
+        ("a\nb", InvalidKey),
+        ("x" * 1025, InvalidKey),
+        (5, InvalidKey),
+    ],
+    ids=repr,
+)
+def test_a_call_without_a_usable_key_runs_nothing_and_leaves_nothing(
+    backend_url: str, colour: Colour, key: Any, error: type[CallError]
+) -> None:
+    runs: list[int] = []
+    pay = colour.define(lambda: runs.append(1), backend=backend_url, namespace="n", key=lambda: key)
+    for ask in (pay, pay.outcome, pay.peek, pay.explain, pay.forget):
+        with pytest.raises(error):
+            colour.call(ask)
+    assert runs == []
+    assert pay.stats() == {}
+
+
+def test_the_namespace_is_the_functions_module_and_name_unless_one_is_given(colour: Colour) -> None:
+    backend = LocalBackend()
+
+    def pay(order: str) -> str:
+        return order
+
+    named = colour.define(pay, backend=backend)
+    given = colour.define(pay, backend=backend, namespace="shop")
+    colour.call(named, "o")
+    assert colour.call(given.peek, "o") is None
+    colour.call(given, "o")
+    assert colour.call(named.peek, "o").namespace == f"{__name__}.{pay.__qualname__}"
+    assert colour.call(given.peek, "o").namespace == "shop"
+
+
+def test_functions_of_one_name_in_two_modules_do_not_share_their_keys(colour: Colour) -> None:
+    backend = LocalBackend()
+
+    def made_in(module: str) -> Any:
+        def pay(order: str) -> str:
+            return f"{module} {order}"
+
+        pay.__module__, pay.__qualname__ = module, "pay"
+        return colour.define(pay, backend=backend, key="{order}")
+
+    one, other = made_in("shop.eu"), made_in("shop.us")
+    assert [colour.call(pay, "o") for pay in (one, other, one)] == ["shop.eu o", "shop.us o", "shop.eu o"]
+
+
+def test_async_methods_of_every_kind_run_once_for_a_key(backend_url: str) -> None:
+    once = partial(idempotent, backend=backend_url)
+
+    class Account:
+        runs: list[str] = []
+        rate = 1
+
+        def __init__(self, number: int) -> None:
+            self.id = number
+
+        @once(key="pay:{self.id}:{order}")
+        async def pay(self, order: str) -> str:
+            self.runs.append("pay")
+            return f"{self.id} {order}"
+
+        @classmethod
+        @once(key="above:{order}")
+        async def above(cls, order: str) -> str:
+            cls.runs.append("above")
+            return f"{cls.__name__} {order}"
+
+        @once(key="below:{order}")
+        @classmethod
+        async def below(cls, order: str) -> str:
+            cls.runs.append("below")
+            return f"{cls.__name__} {order}"
+
+        @staticmethod
+        @once
+        async def static(order: str) -> str:
+            Account.runs.append("static")
+            return order
+
+        @once
+        @staticmethod
+        async def static_below(order: str) -> str:
+            Account.runs.append("static below")
+            return order
+
+    async def main() -> None:
+        one, other = Account(1), Account(2)
+        for _ in range(2):
+            assert [await one.pay("o"), await other.pay("o")] == ["1 o", "2 o"]
+            assert [await one.above("o"), await Account.above("o")] == ["Account o"] * 2
+            assert [await one.below("o"), await Account.below("o")] == ["Account o"] * 2
+            assert [await one.static("o"), await Account.static("o")] == ["o"] * 2
+            assert [await one.static_below("o"), await Account.static_below("o")] == ["o"] * 2
+        assert (await Account.pay.outcome(one, "o")).replayed
+        assert Account.pay.key_for(one, "o") == "pay:1:o"
+        assert await Account.static.forget("o")
+        assert await Account.static.peek("o") is None
+        assert inspect.iscoroutinefunction(Account.static)
+        assert inspect.iscoroutinefunction(Account.below)
+
+    asyncio.run(main())
+    assert sorted(Account.runs) == ["above", "below", "pay", "pay", "static", "static below"]
 
 
 # --------------------------------------------------------------------------------------------- other processes
