@@ -3,6 +3,7 @@ collector come at a bad moment.
 """
 
 import asyncio
+import contextlib
 import functools
 import gc
 import sys
@@ -17,10 +18,22 @@ from colours import COLOURS, Colour
 from faulty import Faulty
 from test_calls import Counter, Gate
 
-from idempotent import InProgress, LocalBackend, UnstableKey, _run, current_call, idempotent
+from idempotent import (
+    Applied,
+    Backend,
+    BackendError,
+    InProgress,
+    LeaseLost,
+    LocalBackend,
+    UnstableKey,
+    _run,
+    current_call,
+    idempotent,
+    open_backend,
+)
 from idempotent import _flow as flow
 from idempotent._drive import drive
-from idempotent._record import Answer
+from idempotent._record import Answer, RecordId
 from idempotent._signals import ThreadWaiter
 from idempotent.backends._listener import Listener
 
@@ -157,6 +170,175 @@ def test_events_are_counted_right_by_many_threads() -> None:
     finally:
         sys.setswitchinterval(before)
     assert work.stats()["replayed"] == 16_000
+
+
+class Beats(Faulty):
+    """A backend whose renewals take until `let_go` is set, in either colour; `history` says what came when."""
+
+    def __init__(self, inner: Backend, colour: Colour) -> None:
+        super().__init__(inner.asynchronous() if colour.is_async else inner.blocking())
+        self.is_async = colour.is_async
+        self.history: list[str] = []
+        self.let_go = threading.Event()
+
+    def blocking(self) -> "Beats":
+        return self
+
+    def asynchronous(self) -> "Beats":
+        return self
+
+    async def _do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        self.history.append(f"{operation} begins")
+        while operation == "renew" and not self.let_go.is_set():
+            await asyncio.sleep(0.002) if self.is_async else time.sleep(0.002)
+        answer = await super()._do(operation, *args, **kwargs)
+        self.history.append(f"{operation} ends")
+        return answer
+
+
+def test_no_renewal_outlives_its_call(backend_url: str, colour: Colour) -> None:
+    inner = open_backend(backend_url)
+    drive(inner.blocking().read(RecordId("n", "none")))  # connected, and its table made: the lease is short
+    backend = Beats(inner, colour)
+
+    def work(error: bool) -> None:
+        backend.let_go.clear()
+        eventually(lambda: backend.history[-1] == "renew begins")
+        threading.Timer(0.03, backend.let_go.set).start()
+        if error:
+            raise KeyError("own")
+
+    work = colour.define(work, backend=backend, lease=0.6)
+
+    async def main() -> None:
+        await work(False)
+        with contextlib.suppress(KeyError):
+            await work(True)
+        await asyncio.sleep(0.25)
+
+    if colour.is_async:
+        asyncio.run(main())
+    else:
+        work(False)
+        with contextlib.suppress(KeyError):
+            work(True)
+        time.sleep(0.25)
+    history = backend.history
+    assert history.count("renew begins") == history.count("renew ends") >= 2
+    for ending in ("complete begins", "release begins"):
+        at = history.index(ending)
+        assert history[at - 1] == "renew ends", "the one under way was waited for"
+        assert history[at + 1] == ending.replace("begins", "ends")
+    assert history[-1] == "release ends", "and none came after"
+    assert "lease_lost" not in work.stats()
+
+
+# -------------------------------------------------------------------------------------------------- the current call
+
+
+def test_a_call_and_its_record_are_of_one_attempt(backend_url: str, colour: Colour) -> None:
+    inner = open_backend(backend_url)
+
+    def work(order: str) -> tuple[Any, ...]:
+        call = current_call()
+        assert call is not None
+        call.check()
+        found = drive(inner.blocking().read(RecordId("n", call.key)))
+        assert found is not None
+        return call.key, call.attempt, call.token, found.attempt, found.token
+
+    work = colour.define(work, backend=inner, namespace="n", key="{order}")
+    outcome = colour.call(work.outcome, "o")
+    key, attempt, token, *stored = outcome.value
+    assert (key, token) == ("o", outcome.token)
+    assert stored == [attempt, token]
+    assert colour.call(work.peek, "o").attempt == attempt
+    assert colour.call(work, "other")[1] != attempt
+
+
+def test_check_raises_lease_lost_once_another_call_may_run(colour: Colour) -> None:
+    backend = Faulty(LocalBackend())
+    after: list[str] = []
+
+    def work() -> None:
+        call = current_call()
+        assert call is not None
+        call.check()
+        backend.plant("renew", "before", 10_000)
+        eventually(lambda: call.lease_lost)
+        try:
+            call.check()
+        finally:
+            backend.faults.clear()
+        after.append("an effect that must not happen twice")
+
+    work = colour.define(work, backend=backend, namespace="n", key="k", lease=0.6, wait=0)
+    with pytest.raises(LeaseLost) as lost:
+        colour.call(work)
+    assert lost.value.token > 0
+    assert lost.value.key_digest == RecordId("n", "k").digest
+    assert after == []
+    assert colour.call(work.peek) is None, "it is an error like any other: the key is free"
+
+
+# ------------------------------------------------------------------------------------------ what suspends is refused
+
+
+class Suspending(Faulty):
+    """A backend with no blocking twin that says so only when it is asked."""
+
+    def blocking(self) -> Backend:
+        return self
+
+    async def _do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        return await super()._do(operation, *args, **kwargs)
+
+
+def test_a_sync_function_on_a_backend_that_suspends_is_told_so_and_does_not_run(effects: Counter) -> None:
+    backend = Suspending(LocalBackend())
+    work = idempotent(backend=backend, key="k", namespace="n")(effects.hit)
+    for ask in (work, work.outcome, work.peek, work.explain, work.forget):
+        with pytest.raises(BackendError, match="suspends, so it cannot serve a sync function"):
+            ask()
+    assert effects.count == 0
+    assert backend.calls == []
+
+
+def test_a_sync_functions_probe_that_suspends_is_told_so_and_nothing_runs(effects: Counter) -> None:
+    async def ask_the_provider() -> Applied:
+        await asyncio.sleep(0)
+        return Applied(7)
+
+    backend = LocalBackend()
+    work = idempotent(backend=backend, key="k", namespace="n", on_crash=lambda call: ask_the_provider())(effects.hit)
+    died = idempotent(backend=backend, key="k", namespace="n", on_crash="raise")(_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        died()
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"probe.* suspends"):
+            work()
+    assert work.peek().state == "unknown"
+    assert effects.count == 0
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_flow_that_is_refused_is_closed() -> None:
+    closed: list[str] = []
+
+    async def flow() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            closed.append("closed")
+
+    refused = flow()
+    with pytest.raises(BackendError):
+        drive(refused)
+    assert closed == ["closed"]
 
 
 # ---------------------------------------------------------------------------------------------- the listener's bell
