@@ -57,9 +57,11 @@ if TYPE_CHECKING:
     from idempotent.events import Hook as Hook
     from idempotent.events import log_event as log_event
     from idempotent.keys import new_key as new_key
+    from idempotent.lock import AsyncHold as AsyncHold
     from idempotent.lock import AsyncLock as AsyncLock
     from idempotent.lock import Hold as Hold
     from idempotent.lock import Lock as Lock
+    from idempotent.lock import LockInfo as LockInfo
     from idempotent.lock import serialized as serialized
     from idempotent.serializers import Compressed as Compressed
     from idempotent.serializers import Encrypted as Encrypted
@@ -114,7 +116,7 @@ _HOMES = {
     ),
     "events": ("Event", "Hook", "log_event"),
     "keys": ("new_key",),
-    "lock": ("AsyncLock", "Hold", "Lock", "serialized"),
+    "lock": ("AsyncHold", "AsyncLock", "Hold", "Lock", "LockInfo", "serialized"),
     "serializers": ("Compressed", "Encrypted", "PickleSerializer", "Serializer"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -90,7 +90,8 @@ class Heart(Generic[B]):
         _hearts.add(self)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._due: dict[B, float] = {}
         self._under_way: set[B] = set()
         self._threads = 0
@@ -102,7 +103,7 @@ class Heart(Generic[B]):
 
     def add(self, run: B, due: float) -> None:
         """Renew `run` at `due` (monotonic seconds), and on. Raises RuntimeError if no thread can be started."""
-        with self._changed:
+        with self._lock:
             if not self._threads:
                 self._start()
             elif not self._waits and not self._spare:
@@ -111,7 +112,7 @@ class Heart(Generic[B]):
 
     def discard(self, run: B) -> None:
         """Never renew `run` again; returns when a renewal that is under way has ended."""
-        with self._changed:
+        with self._lock:
             self._due.pop(run, None)
             while run in self._under_way:
                 self._changed.wait()

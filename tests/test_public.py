@@ -40,6 +40,7 @@ PROMISED = [
     *("Applied", "NotApplied", "StillUnknown", "Call", "Outcome", "Explanation", "Record"),
     *("key_for", "with_key", "outcome", "explain", "peek", "forget", "resolve", "stats"),
     *("PickleSerializer", "Compressed", "Encrypted", "Serializer"),
+    *("Lock", "AsyncLock", "Hold", "AsyncHold", "LockInfo", "serialized"),
     *("Event", "Hook", "log_event"),
     *("IdempotencyError", "CallError", "KeyRequired", "UnstableKey", "InvalidKey", "FingerprintMismatch"),
     *("InProgress", "OutcomeError", "OutcomeUnknown", "ResultUnavailable", "LeaseLost", "SerializationError"),
