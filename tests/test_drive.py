@@ -374,7 +374,7 @@ def test_waiters_outnumber_what_the_bell_holds_while_the_server_does_not_answer(
 
 def test_the_collector_may_end_a_lost_call_while_flights_are_looked_at() -> None:
     flights = _run.Flights()
-    lost = flow.Run(_plan(flights), flow.RecordId("n", "k"), b"", dict)
+    lost = flow.Run(_plan(flights), RecordId("n", "k"), b"", dict)
     assert flights.board(lost, 0.0, 10.0) is None
     done = threading.Event()
 
