@@ -107,6 +107,8 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
             if driver.now() >= held.valid_until and not await _still_ours(driver, held):
                 held.fence, held.attempt = None, os.urandom(ATTEMPT_BYTES)
                 held.claiming = False
+                if until is not None and driver.now() >= until:
+                    return False
                 continue
             held.claiming = False
             if room.beaten or now - room.freed_at > _AGAIN:
@@ -232,9 +234,10 @@ async def _send_release(driver: Driver, held: Held) -> bool:
             return True  # what was sent before may have been applied, and another holds it since
         if answer is Answer.GONE or lapsed:
             return False
-        # The backend sends again by itself, too: then whoever holds it came after the release, and not before.
+        # It was held when this was sent, and the backend sends again by itself, too: then whoever came, and may be gone
+        # again, came after the release. Only who is there for longer came before it, as after a `break_`.
         found = await backend.read(held.rid)
-        return found is not None and found.age < driver.now() - sent
+        return found is None or found.age < driver.now() - sent
 
 
 async def extend(driver: Driver, held: Held, lease: float | None) -> None:

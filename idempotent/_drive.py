@@ -100,14 +100,18 @@ class Heart(Generic[B]):
         self._spare = 0
         """So many threads are idle."""
         self._wakes = 0.0
+        self._added = 0
+        self._starting = 0
+        """So many threads have not yet come to work."""
 
     def add(self, run: B, due: float) -> None:
         """Renew `run` at `due` (monotonic seconds), and on. Raises RuntimeError if no thread can be started."""
         with self._lock:
             if not self._threads:
                 self._start()
-            elif not self._waits and not self._spare:
+            elif not self._waits and not self._spare and not self._starting:
                 self._try_start()
+            self._added += 1
             self._schedule(run, due)
 
     def discard(self, run: B) -> None:
@@ -126,6 +130,7 @@ class Heart(Generic[B]):
     def _start(self) -> None:
         threading.Thread(target=self._beat, name="idempotent-heartbeat", daemon=True).start()
         self._threads += 1
+        self._starting += 1
 
     def _try_start(self) -> None:
         if self._threads < _BEATING:
@@ -134,7 +139,7 @@ class Heart(Generic[B]):
 
     def _next(self) -> B | None:
         """The run to renew now; None: this thread is not needed any more."""
-        while self._due:
+        while True:
             if self._waits:  # be at hand for when that one has to work
                 self._spare += 1
                 called = self._changed.wait(_LINGER)
@@ -143,21 +148,24 @@ class Heart(Generic[B]):
                     return None
                 continue
             now = time.monotonic()
-            due = min(self._due.values())
-            if due <= now:
+            due = min(self._due.values(), default=now + _LINGER)
+            if self._due and due <= now:
                 run = min(self._due, key=self._due.__getitem__)
                 del self._due[run]
                 self._under_way.add(run)
                 return run
+            added = self._added
             self._waits, self._wakes = True, min(due, now + _LINGER)
             try:
                 self._changed.wait(self._wakes - now)
             finally:
                 self._waits, self._wakes = False, 0.0
-        return None
+            if not self._due and self._added == added:
+                return None
 
     def _beat(self) -> None:
         with self._changed:
+            self._starting -= 1
             try:
                 while (run := self._next()) is not None:
                     if self._spare:

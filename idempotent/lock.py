@@ -166,6 +166,10 @@ class Hold(_Hold):
         ending.tell()
 
 
+_leaving: set[Any] = set()
+"""Tasks that free locks whose blocks could not wait for it."""
+
+
 class AsyncHold(_Hold):
     """A lock that is held: what `AsyncLock.acquire` and `async with` give. Any task may use and release it."""
 
@@ -229,6 +233,9 @@ class AsyncHold(_Hold):
             held = self._held
             _drop(held)
             held.plan.rooms.give_up(held)
+            if asyncio._get_running_loop() is self._loop:  # or an asynchronous generator ends in its task
+                _leaving.add(task := self._loop.create_task(ending.run(_async())))
+                task.add_done_callback(_leaving.discard)
             return
         cancelled_too = False
         if self._cancelled and self._task is not None and self._task is asyncio.current_task():
@@ -282,6 +289,9 @@ class _Options:
             raise TypeError(f"on_lost must be a plain function, and {on_lost!r} is async; have it create a task")
         self.on_lost = on_lost
         self._made: tuple[config.Settings, Plan] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # a lock may be sent to another process
 
     def plan(self) -> Plan:
         """The plan, made anew when `configure` has changed the defaults."""
@@ -357,6 +367,9 @@ class _Entered(Generic[H]):
 
     def __init__(self) -> None:
         self._holds: list[H] = []
+
+    def __reduce__(self) -> Any:
+        return (_Entered, ())  # another process has entered nothing
 
     def add(self, hold: H) -> None:
         self._holds.append(hold)

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import copy
 import gc
 import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -946,16 +948,24 @@ class TakenBetween(Faulty):
     between_in_thread = False
 
 
-def test_a_release_sent_twice_with_a_successor_in_between_is_no_loss(kind: Kind, backend_url: str) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_release_sent_twice_with_a_successor_in_between_is_no_loss(kind: Kind, backend_url: str, gone: bool) -> None:
     backend = TakenBetween(open_backend(backend_url))
     backend.between_in_thread = kind.name == "async"
     other = Lock("l", backend=backend_url)
     taken: list[Any] = []
-    backend.between = lambda: taken.append(start(other.acquire, wait=0).result(30))  # type: ignore[method-assign]
+
+    def between() -> None:
+        taken.append(start(other.acquire, wait=0).result(30))
+        if gone:
+            taken[0].release()
+
+    backend.between = between  # type: ignore[method-assign]
     kind.body(kind.lock(backend=backend), lambda hold: None)
-    assert taken[0].remaining() > 0
-    taken[0].extend()
-    taken[0].release()
+    if not gone:
+        assert taken[0].remaining() > 0
+        taken[0].extend()
+        taken[0].release()
 
 
 def test_a_release_repeated_after_a_successor_came_is_no_loss(kind: Kind, backend_url: str) -> None:
@@ -1162,6 +1172,44 @@ def test_a_coroutine_thrown_away_inside_its_block_leaves_the_lease_to_end() -> N
     hold = Lock("l", backend=backend).acquire(wait=10)
     assert hold is not None
     hold.release()
+
+
+def test_an_asynchronous_generator_that_ends_inside_its_block_frees_the_lock(backend_url: str) -> None:
+    async def main() -> None:
+        lock = AsyncLock("l", backend=backend_url)
+
+        async def numbers() -> AsyncIterator[int]:
+            async with lock:
+                yield 1
+                yield 2
+
+        for _ in range(2):
+            generator = numbers()
+            async for _ in generator:
+                break
+            await generator.aclose()
+            hold = await lock.acquire(wait=10)
+            assert hold is not None
+            assert hold.remaining() > 20  # a lease of its own: nobody waited for the other's end
+            await hold.release()
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 15
+
+
+def test_a_lease_too_short_to_be_held_is_no_endless_loop(kind: Kind) -> None:
+    assert kind.lock(backend=LocalBackend(), lease=1e-6, heartbeat=False).acquire(wait=0) is None
+
+
+def test_a_lock_travels_to_another_process_used_or_not() -> None:
+    lock = Lock("l", backend="local://", lease=5)
+    with lock:
+        for other in (pickle.loads(pickle.dumps(lock)), copy.deepcopy(lock)):
+            assert (other.name, other._options.lease) == ("l", 5)
+            with pytest.raises(LockError, match="never entered"):
+                other.__exit__(None, None, None)
+            assert other.locked()
 
 
 def test_ctrl_c_at_the_claim_and_at_the_release_leaves_no_lock() -> None:
