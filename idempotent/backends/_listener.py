@@ -106,13 +106,13 @@ class Listener:
         until = time.monotonic() + timeout
         try:
             joined = await self.join(channel, waiter, min(timeout, patience))
-            # A message can be lost on its way, so look again, ever more seldom.
+            # A message can be lost on its way, so look again now and then.
             pause = 1.0
             while joined and self.hears(channel) and await runs():
                 left = until - time.monotonic()
                 if left <= 0 or await waiter.wait(min(left, pause)):
                     return
-                pause *= 2
+                pause = 2.0
             if joined and self.hears(channel):
                 return
         finally:

@@ -50,6 +50,7 @@ from idempotent._machine import TOMBSTONE
 from idempotent._options import split_url, timeout_of
 from idempotent._record import (
     ATTEMPT_BYTES,
+    LOCKS,
     Answer,
     Busy,
     Claim,
@@ -78,6 +79,9 @@ __all__ = ["RedisBackend"]
 _CONNECTIONS = 64
 """Connections of a pool of ours; a call that finds none free waits for one within its deadline."""
 
+_PLACE = 5.0
+"""Seconds for which a place in a lock's line is kept after it was last asked for."""
+
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
 # redis-py makes classes of some error codes and cuts them off the text; others stay in the text.
@@ -100,8 +104,8 @@ class _Script:
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
 
-_CLAIM, _RENEW, _SETTLE, _RELEASE, _READ, _FORGET = map(
-    _Script, ("claim", "renew", "settle", "release", "read", "forget")
+_CLAIM, _RENEW, _SETTLE, _RELEASE, _READ, _FORGET, _WAIT = map(
+    _Script, ("claim", "renew", "settle", "release", "read", "forget", "wait")
 )
 
 
@@ -165,6 +169,9 @@ class RedisBackend(Backend):
                 raise TypeError(f"RedisBackend takes a URL, a redis.Redis or a redis.asyncio.Redis, not {server!r}")
         subscribe = subscriber_of(pool, self.timeout)
         self._listener = None if subscribe is None else Listener(subscribe)
+        self._id = os.urandom(6).hex()
+        self._places: dict[str, tuple[Any, float]] = {}
+        """By lock: this process's place in its line, and when it was last asked for (monotonic seconds)."""
         self._links = links
         self._colour, self._link = next(iter(links.items()))
         self._views: dict[str, RedisBackend] = {self._colour: self}
@@ -196,7 +203,13 @@ class RedisBackend(Backend):
         return view
 
     def _key(self, rid: RecordId) -> str:
-        return f"{self.prefix}:{rid.text}"
+        # A lock's key and that of its line are of one slot: the braces are what Redis Cluster looks at.
+        return f"{self.prefix}:{{{rid.text}}}" if rid.space == LOCKS else f"{self.prefix}:{rid.text}"
+
+    @property
+    def _turn(self) -> str:
+        """Who waits in a lock's line: this backend in this process, on behalf of the first who waits in it."""
+        return f"{self._id}.{os.getpid()}"
 
     async def claim(
         self,
@@ -218,10 +231,12 @@ class RedisBackend(Backend):
             b"1" if takeover else b"0",
             b"" if over is None else over,
             owner,
+            self._turn if rid.text in self._places else b"",
         )
         reply = await self._run(_CLAIM, rid, ask, min(self.timeout, lease))
         kind = reply[0]
         if kind == 1:
+            self._places.pop(rid.text, None)
             return Granted(reply[1], bool(reply[2]))
         if kind == 2:
             return Busy(reply[1], reply[2] / 1e6)
@@ -271,11 +286,33 @@ class RedisBackend(Backend):
             record = await self.read(rid)
             return record is not None and record.state == "running" and record.token == token
 
-        if self._listener is None:
-            await poll(runs, self._link.sleep, timeout)
+        async def stands_in_line() -> bool:
+            place, seen = self._places.get(rid.text, (b"", 0.0))
+            if time.monotonic() - seen > _PLACE:
+                place = b""
+            place = await self._run(_WAIT, rid, (token, self._turn, place), self.timeout)
+            if place is None:
+                return False
+            self._places[rid.text] = place, time.monotonic()
+            return True
+
+        link, listener, channel = self._link, self._listener, self._key(rid)
+        if listener is None:
+            await poll(runs, link.sleep, timeout)
+        elif rid.space == LOCKS:
+            channel = f"{channel}#{self._turn}"
+            await listener.changed(channel, link.waiter(), stands_in_line, link.sleep, timeout, self.timeout)
+            self._forget_places()
         else:
-            link = self._link
-            await self._listener.changed(self._key(rid), link.waiter(), runs, link.sleep, timeout, self.timeout)
+            await listener.changed(channel, link.waiter(), runs, link.sleep, timeout, self.timeout)
+
+    def _forget_places(self) -> None:
+        """Forget places in lines that nobody came back for."""
+        if len(self._places) > 1000:
+            now = time.monotonic()
+            for text, (_, seen) in list(self._places.items()):
+                if now - seen > _PLACE:
+                    self._places.pop(text, None)
 
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)
@@ -312,7 +349,9 @@ class RedisBackend(Backend):
             await link.aclose()
 
     async def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Any:
-        return await self._send(("EVALSHA", script.sha, 1, self._key(rid), *ask), budget, script)
+        key = self._key(rid)
+        keys = (2, key, f"{key}:line") if rid.space == LOCKS else (1, key)
+        return await self._send(("EVALSHA", script.sha, *keys, *ask), budget, script)
 
     async def _send(self, command: tuple[Any, ...], budget: float, script: _Script | None = None) -> Any:
         """The reply to `command`, sent again while that can help and `budget` seconds last."""

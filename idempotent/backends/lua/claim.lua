@@ -1,5 +1,5 @@
 -- on_claim. ARGV: attempt, fingerprint, lease, keep ('': until it is settled), takeover ('1', '0'), over ('': none),
--- owner.
+-- owner, turn (who stood in line for the lock and leaves it now; '': nobody).
 -- Replies: {1, token, took over}  {2, token, lease left}  {3, now, record}  {4, token, age}  {5, age, fingerprint}
 
 local GRANTED, BUSY, SETTLED, UNKNOWN, MISMATCHED = 1, 2, 3, 4, 5
@@ -13,6 +13,7 @@ if raw then
   if foreign then return foreign end
 end
 local now = clock()
+if ARGV[8] ~= '' then redis.pcall('ZREM', KEYS[2], ARGV[8]) end
 
 local function grant(took_over)
   local token = now

@@ -87,7 +87,14 @@ local function gone(row, now)
   return row == nil or row.state == 'W' or expired(row, now)
 end
 
+-- Tell those who wait: of the line for a lock, KEYS[2], the first who still listens, else everybody.
 local function wake(key)
+  local first = KEYS[2] and redis.pcall('ZPOPMIN', KEYS[2])
+  while first and first[1] do
+    local heard = redis.pcall('PUBLISH', key .. '#' .. first[1], '')
+    if type(heard) == 'number' and heard > 0 then return end
+    first = redis.pcall('ZPOPMIN', KEYS[2])
+  end
   redis.pcall('PUBLISH', key, '')
 end
 
