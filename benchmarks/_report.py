@@ -1,0 +1,98 @@
+"""Statistics, tables and targets, for every benchmark."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+__all__ = ["Target", "jain", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
+
+
+def say(text: str) -> None:
+    """Tell of progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that `share` (0 to 1) of the values do not exceed, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def jain(shares: Sequence[float]) -> float:
+    """Jain's index of fairness: 1.0 if all have the same, 1/n if one has everything."""
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 0.0
+
+
+def ratio_text(ratios: Sequence[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = (quantile(ratios, share) for share in (0.25, 0.5, 0.75))
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The rows under their columns; the first is flush left, the others flush right."""
+    lines = [("", *columns), *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    text = [title]
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        text.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is promised, and what was measured."""
+
+    what: str
+    measured: float
+    sign: str
+    """How `measured` must compare with `bound`: "<=", "<" or ">="."""
+    bound: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it does."""
+        compare = {
+            "<=": self.measured <= self.bound,
+            "<": self.measured < self.bound,
+            ">=": self.measured >= self.bound,
+        }
+        return compare[self.sign]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "met": self.met}
+
+
+def met_or_missed(targets: Sequence[Target]) -> str:
+    """The table of all targets."""
+    rows = [
+        (target.what, f"{target.measured:.3g}", f"{target.sign} {target.bound:g}", "met" if target.met else "MISSED")
+        for target in targets
+    ]
+    return table("Targets", ("measured", "target", ""), rows)
+
+
+def machine(*packages: str) -> dict[str, str]:
+    """What this runs on, and the versions of the packages that are compared."""
+    import os
+
+    found = {"system": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
+    found["python"] = platform.python_version()
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
