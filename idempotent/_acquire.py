@@ -22,7 +22,7 @@ _KEEP = 60.0
 """Seconds past its lease that the record of a dead holder is kept."""
 _AGAIN = 0.002
 """Seconds after a release within which the same process, asking again, would nearly always be first."""
-_STEP_BACK = 0.001
+_STEP_BACK = 0.003
 """Seconds that it then waits at the least: the time in which others are woken and ask."""
 _RECENT = 0.1
 """Seconds after a release for which a process that met others lets them go first, as long as they are more patient."""
