@@ -1,14 +1,31 @@
 """What is told of a call: one line per event, at the level it deserves, and never at the call's expense."""
 
+import collections
 import dataclasses
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from colours import COLOURS, Colour
+from faulty import Faulty
 
+from idempotent import (
+    Backend,
+    BackendUnavailable,
+    FingerprintMismatch,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    UnprotectedWarning,
+    configure,
+    open_backend,
+)
+from idempotent._drive import drive
+from idempotent._record import Granted, RecordId
 from idempotent.events import Event, EventName, dispatch, log_event, wanted
 
 NAMES: tuple[EventName, ...] = get_args(EventName)
@@ -162,3 +179,174 @@ def test_an_interruption_in_a_hook_is_not_swallowed(kind: type[BaseException]) -
 
     with pytest.raises(kind):
         dispatch([interrupted], event())
+
+
+# ------------------------------------------------------------------------------------------------ the events of calls
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    return request.param
+
+
+class DeclinedError(Exception):
+    pass
+
+
+class Stop(BaseException):
+    """An interruption, as a cancellation or Ctrl-C is one."""
+
+
+TOLD: dict[str, list[tuple[str, str | None]]] = {
+    "run": [("claimed", None), ("completed", None)],
+    "replay": [("replayed", None)],
+    "other arguments": [("mismatched", None)],
+    "error": [("claimed", None), ("released", "DeclinedError")],
+    "recorded error": [("claimed", None), ("failed", "DeclinedError"), ("replayed", None)],
+    "busy": [("busy", None)],
+    "wait over": [("waited", None), ("busy", None)],
+    "takeover": [("taken_over", None), ("completed", None)],
+    "death": [("unknown", None)],
+    "interruption": [("claimed", None), ("released", "Stop")],
+    "interruption, raise": [("claimed", None), ("unknown", "Stop")],
+    "overtaken": [("claimed", None), ("lease_lost", None)],
+    "overtaken, error": [("claimed", None), ("lease_lost", None)],
+    "resolved": [("completed", None), ("replayed", None)],
+    "outage before": [("backend_error", "BackendUnavailable")],
+    "outage before, run": [("backend_error", "BackendUnavailable"), ("unprotected", "BackendUnavailable")],
+    "outage after": [("claimed", None), ("backend_error", "BackendUnavailable"), ("not_stored", None)],
+}
+
+
+class Stage:
+    """Brings calls on `backend` into each situation, and notes what was told of it."""
+
+    def __init__(self, backend: Backend, colour: Colour) -> None:
+        self.backend, self.colour = Faulty(backend), colour
+        self.blocking = backend.blocking()
+        self.seen: list[Event] = []
+        self.told: dict[str, list[tuple[str, str | None]]] = collections.defaultdict(list)
+        self.tokens: dict[str, set[int | None]] = collections.defaultdict(set)
+        self._counts: dict[Any, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def claim(self, key: str, lease: float = 30.0) -> int:
+        """Claim the key as another process would; the token."""
+        options: Any = {"attempt": b"attemptA", "fingerprint": b"", "lease": lease, "keep": None, "takeover": False}
+        granted = drive(self.blocking.claim(rid(key), **options))
+        assert isinstance(granted, Granted)
+        return granted.token
+
+    def die(self, key: str) -> int:
+        token = self.claim(key)
+        drive(self.blocking.release(rid(key), attempt=b"attemptA", token=token, unknown=True))
+        return token
+
+    def overtake(self, key: str) -> None:
+        drive(self.blocking.forget(rid(key), force=True))
+        self.claim(key)
+
+    def lapsed(self, key: str) -> bool:
+        record = drive(self.blocking.read(rid(key)))
+        return record is not None and record.lease_left is not None and record.lease_left <= 0
+
+    def make(self, key: str, error: BaseException | None = None, overtaken: bool = False, **options: Any) -> Any:
+        def work(argument: str) -> str:
+            if overtaken:
+                self.overtake(key)
+            if error is not None:
+                raise error
+            return "SECRET RESULT"
+
+        return self.colour.define(work, backend=self.backend, namespace="n", key=f"SECRET KEY {key}", **options)
+
+    def call(
+        self, situation: str, function: Any, error: type[BaseException] | None = None, argument: str = "ARGUMENT"
+    ) -> None:
+        if error is None:
+            assert self.colour.call(function, f"SECRET {argument}") == "SECRET RESULT"
+        else:
+            with pytest.raises(error):
+                self.colour.call(function, f"SECRET {argument}")
+        self.note(situation, function)
+
+    def note(self, situation: str, function: Any) -> None:
+        digest = RecordId("n", function.key_for("")).digest
+        for told in self.seen:
+            assert (told.namespace, told.key_digest, told.backend) == ("n", digest, self.backend.name)
+            found = told.name in ("replayed", "mismatched", "unknown") and told.error is None
+            assert (told.age is not None) == found
+            assert 0 <= (told.age or 0.0) < 60
+            self.told[situation].append((told.name, told.error))
+            self.tokens[situation].add(told.token)
+            self._counts[function][told.name] += 1
+        self.seen.clear()
+        assert function.stats() == self._counts[function]
+
+
+def rid(key: str) -> RecordId:
+    return RecordId("n", f"SECRET KEY {key}")
+
+
+def test_every_event_of_a_call_is_told_with_its_key_token_and_error_and_with_nothing_secret(
+    backend_url: str, colour: Colour, caplog: pytest.LogCaptureFixture
+) -> None:
+    at(caplog, logging.DEBUG)
+    stage = Stage(open_backend(backend_url), colour)
+    configure(hooks=[stage.seen.append, log_event])
+    drive(stage.blocking.read(rid("none")))  # connected, and its table made: one lease here is short
+    declined, stopped = DeclinedError("SECRET ERROR"), Stop("SECRET ERROR")
+    recorded: Any = {"error_ttl": {DeclinedError: 60}}
+
+    run = stage.make("run")
+    stage.call("run", run)
+    stage.call("replay", run)
+    stage.call("other arguments", run, FingerprintMismatch, "OTHER")
+    token = colour.call(run.peek, "SECRET ARGUMENT").token
+    assert stage.tokens["run"] == stage.tokens["replay"] == {token}
+
+    stage.call("error", stage.make("error", declined), DeclinedError)
+    fails = stage.make("recorded error", declined, **recorded)
+    stage.call("recorded error", fails, DeclinedError)
+    stage.call("recorded error", fails, DeclinedError)
+
+    token = stage.claim("busy")
+    stage.call("busy", stage.make("busy", wait=0), InProgress)
+    stage.call("wait over", stage.make("busy", wait=0.3), InProgress)
+    assert stage.tokens["busy"] == stage.tokens["wait over"] == {token}
+
+    token = stage.claim("takeover", lease=0.3)
+    while not stage.lapsed("takeover"):
+        time.sleep(0.01)
+    stage.call("takeover", stage.make("takeover"))
+    (taken,) = stage.tokens["takeover"]
+    assert taken is not None
+    assert taken > token
+
+    token = stage.die("death")
+    stage.call("death", stage.make("death", on_crash="raise"), OutcomeUnknown)
+    assert stage.tokens["death"] == {token}
+    resolved = stage.make("death")
+    assert colour.call(resolved.resolve, "SECRET KEY death", result="SECRET RESULT")
+    stage.note("resolved", resolved)
+    stage.call("resolved", resolved)
+
+    stage.call("interruption", stage.make("interruption", stopped), Stop)
+    stage.call("interruption, raise", stage.make("interruption, raise", stopped, on_crash="raise"), Stop)
+
+    stage.call("overtaken", stage.make("overtaken", overtaken=True), LeaseLost)
+    late = stage.make("overtaken, error", declined, overtaken=True, **recorded)
+    stage.call("overtaken, error", late, DeclinedError)
+
+    stage.backend.plant("claim", "before", times=2)
+    stage.call("outage before", stage.make("outage before"), BackendUnavailable)
+    with pytest.warns(UnprotectedWarning) as warned:
+        stage.call("outage before, run", stage.make("outage before, run", on_outage="run"))
+    stage.backend.plant("complete", "before", times=10_000)
+    stage.call("outage after", stage.make("outage after", lease=0.3))
+    stage.told["outage after"] = list(dict.fromkeys(stage.told["outage after"]))  # tried for as long as the lease
+
+    assert stage.told == TOLD
+    assert {name for told in stage.told.values() for name, _ in told} == set(NAMES) - {"broken"}
+    assert len(caplog.records) > len(TOLD)
+    for text in (caplog.text, *map(repr, map(vars, caplog.records)), *(str(each.message) for each in warned)):
+        assert "SECRET" not in text
