@@ -3,13 +3,16 @@
 import asyncio
 import gc
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
+import time_machine
 from colours import COLOURS, Colour
-from test_calls import Counter, same
+from test_calls import Counter, Gate, same
 
 from idempotent import (
     InProgress,
@@ -18,7 +21,10 @@ from idempotent import (
     UnstableKey,
     configure,
     idempotent,
+    open_backend,
 )
+from idempotent._drive import drive
+from idempotent._record import RecordId
 
 
 @pytest.fixture(params=COLOURS, ids=repr)
@@ -29,6 +35,13 @@ def colour(request: pytest.FixtureRequest) -> Colour:
 @pytest.fixture
 def effects() -> Counter:
     return Counter()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
 
 
 @pytest.mark.parametrize("value", [0, False, "", [], {}, None], ids=repr)
@@ -47,7 +60,10 @@ def test_falsy_results_are_results(backend_url: str, colour: Colour, effects: Co
 
 def test_an_identical_retry_with_fingerprints_on_is_a_replay(backend_url: str, colour: Colour) -> None:
     work = colour.define(lambda order, amount: [order, amount], backend=backend_url, key="{order}", namespace="n")
-    assert colour.call(work, "o", amount=Decimal(1)) == colour.call(work, "o", amount=Decimal(1))
+    first = colour.call(work.outcome, "o", amount=Decimal(1))
+    again = colour.call(work.outcome, "o", amount=Decimal(1))
+    assert (first.replayed, again.replayed) == (False, True)
+    assert first.value == again.value == ["o", Decimal(1)]
 
 
 @pytest.mark.parametrize(
@@ -58,31 +74,82 @@ def test_arguments_that_differ_in_type_do_not_share_a_key(
 ) -> None:
     work = colour.define(lambda value: value, backend=backend_url, namespace="n")
     assert work.key_for(one) != work.key_for(other)
-    assert same(colour.call(work, one), one)
-    assert same(colour.call(work, other), other)
+    for replayed in (False, True):
+        for value in (one, other):
+            outcome = colour.call(work.outcome, value)
+            assert same(outcome.value, value)
+            assert outcome.replayed is replayed
 
 
-def test_two_decorators_on_one_backend_keep_their_own_settings() -> None:
-    backend = LocalBackend()
+def test_two_decorators_on_one_backend_keep_their_own_settings(backend_url: str, colour: Colour) -> None:
+    class Declined(Exception):
+        pass
+
     runs: list[str] = []
+    leases: list[float | None] = []
 
-    @idempotent(backend=backend, key="k", ttl=60)
-    def first() -> str:
-        runs.append("first")
-        return "first"
+    def made(name: str, **options: Any) -> Any:
+        def work(fails: bool) -> str:
+            runs.append(name)
+            record = drive(open_backend(backend_url).blocking().read(RecordId(name, "k")))
+            leases.append(record and record.lease_left)
+            if fails:
+                raise Declined
+            return name
 
-    @idempotent(backend=backend, key="k", ttl=7200)
-    def second() -> str:
-        runs.append("second")
-        return "second"
+        return colour.define(work, backend=backend_url, key="k", namespace=name, fingerprint=False, **options)
 
-    assert [first(), second(), first(), second()] == ["first", "second"] * 2
-    assert runs == ["first", "second"]
-    for function, ttl in ((first, 60), (second, 7200)):
-        record = function.peek()
-        assert record is not None
-        assert record.expires_in is not None
-        assert ttl - 30 < record.expires_in <= ttl
+    first = made("first", ttl=60, lease=20, keep_result=False)
+    second = made("second", ttl=7200, lease=200, error_ttl={Declined: 600})
+    for work, keeps in ((first, False), (second, True)):
+        for _ in range(2):
+            with pytest.raises(Declined):
+                colour.call(work, True)
+        record = colour.call(work.peek, True)
+        assert (record is not None) is keeps
+    colour.call(second.forget, True)
+    for _ in range(2):
+        answers = [colour.call(work.outcome, False) for work in (first, second)]
+    assert [(answer.value, answer.replayed) for answer in answers] == [(None, True), ("second", True)]
+    assert runs == ["first", "first", "second", "first", "second"]
+    for found, lease in zip(leases, (20, 20, 200, 20, 200), strict=True):
+        assert found is not None
+        assert lease - 15 < found <= lease
+    for work, ttl in ((first, 60), (second, 7200)):
+        assert ttl - 30 < colour.call(work.peek, False).expires_in <= ttl
+
+
+@pytest.mark.parametrize("backend_url", ["local", "redis", "postgres", "mariadb"], indirect=True)
+@pytest.mark.parametrize("hours", [-5, 30])
+def test_the_callers_clock_neither_ends_nor_lengthens_anything(
+    backend_url: str, colour: Colour, effects: Counter, gate: Gate, hours: int
+) -> None:
+    def work(order: str) -> int:
+        if order == "slow":
+            gate.pass_through()
+        return effects.hit()
+
+    work = colour.define(work, backend=backend_url, namespace="n", key="{order}", ttl=3600)
+    impatient = colour.define(work.__wrapped__, backend=backend_url, namespace="n", key="{order}", wait=0)
+    running = colour.start(work, "slow")
+    assert gate.entered.wait(30)
+    first = colour.call(work.outcome, "done")
+    # The wall clock alone: of deadlines of one's own the monotonic one decides.
+    with time_machine.travel(datetime.now(UTC) + timedelta(hours=hours), tick=True):
+        outcome = colour.call(work.outcome, "done")
+        assert (outcome.value, outcome.replayed, outcome.token) == (first.value, True, first.token)
+        assert 0 <= outcome.age < 60
+        with pytest.raises(InProgress) as refused:
+            colour.call(impatient, "slow")
+        assert 5 < refused.value.retry_after <= 30
+        during = colour.call(work.outcome, "meanwhile")
+        record = colour.call(work.peek, "meanwhile")
+        assert 3500 < record.expires_in <= 3600
+        assert 0 <= record.age < 60
+    gate.opened.set()
+    assert running.result(30) == effects.count == 3
+    assert colour.call(work.outcome, "meanwhile").replayed
+    assert first.token < during.token < colour.call(work.outcome, "later").token
 
 
 def test_an_unencodable_result_neither_runs_twice_nor_blocks_the_key(
@@ -102,8 +169,10 @@ def test_an_unencodable_result_neither_runs_twice_nor_blocks_the_key(
 @pytest.mark.parametrize("value", [(1, "a"), {1: "2"}, [(1,)], {"a": {1, 2}}], ids=repr)
 def test_replays_keep_tuples_and_integer_keys(backend_url: str, colour: Colour, value: Any) -> None:
     work = colour.define(lambda: value, backend=backend_url, namespace="n")
-    assert same(colour.call(work), value)
-    assert same(colour.call(work), value)
+    for replayed in (False, True):
+        outcome = colour.call(work.outcome)
+        assert same(outcome.value, value)
+        assert outcome.replayed is replayed
 
 
 def test_an_ordinary_exception_does_not_block_the_retry(backend_url: str, colour: Colour, effects: Counter) -> None:
@@ -164,12 +233,13 @@ def test_a_rename_keeps_its_keys_when_a_namespace_is_given(backend_url: str, col
     assert colour.call(old, "o") == colour.call(new, "o") == 1
 
 
-def test_a_replay_is_a_copy_of_its_own(backend_url: str, colour: Colour) -> None:
+def test_a_replay_is_a_copy_of_its_own(backend_url: str, colour: Colour, effects: Counter) -> None:
     @dataclass
     class Basket:
         lines: list[int]
 
     def work() -> Basket:
+        effects.hit()
         return Basket([1])
 
     work.__annotations__["return"] = Basket
@@ -178,6 +248,7 @@ def test_a_replay_is_a_copy_of_its_own(backend_url: str, colour: Colour) -> None
     answers = colour.storm(work, 3)
     answers[0].lines.append(3)
     assert answers[1] == answers[2] == colour.call(work) == Basket([1])
+    assert effects.count == 1
 
 
 def test_ten_thousand_calls_leave_no_task_thread_or_flight_behind() -> None:
