@@ -44,7 +44,9 @@ class Explanation:
     record: Record | None
     """The record under the key; None: there is none."""
     decision: Decision
-    """What the call would do now."""
+    """What the call would do now. Where `on_crash` is a probe, "would_refuse" for a record in doubt means that the
+    probe would be asked: its answer decides, and explaining asks nobody.
+    """
     reason: str
     """Why, in words."""
 
@@ -104,7 +106,7 @@ class Idempotent(Protocol[P, R_co]):
         ...
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
-        """What this call would do now; runs nothing, writes nothing."""
+        """What this call would do now; runs nothing, writes nothing, asks no probe."""
         ...
 
     def peek(self, *args: Any, **kwargs: Any) -> Record | None:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from idempotent import _demo, errors
+from idempotent.errors import IdempotencyError
+
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
@@ -33,3 +36,29 @@ def test_the_first_screen_holds_exactly_two_commands() -> None:
 def test_every_row_of_the_retention_table_is_there() -> None:
     for row in ("| payments | 24–72 h |", "| orders, messages | 7–30 days |", "| general APIs | 24 h |"):
         assert row in README
+
+
+def test_the_demos_table_is_what_the_demo_prints() -> None:
+    (shown,) = [code.splitlines() for language, code in BLOCKS if language == "text"]
+    assert shown[0] == next(_demo._table([]))
+    rows = {
+        name.strip(): list(map(float, cells.split())) for name, cells in ((row[:18], row[18:]) for row in shown[1:])
+    }
+    assert list(rows) == list(_demo.MODES.values())
+    orders = rows["@idempotent"][1]
+    for calls, charges, double, replays, *_ in rows.values():
+        assert charges == orders + double
+        assert calls == charges + replays + 1  # one call met the worker that was killed
+    assert rows["@idempotent"][2] == rows["@idempotent"][4] == 0
+
+
+def test_every_name_that_the_outcome_table_gives_is_an_error_of_ours() -> None:
+    table = README.partition("## What callers see")[2].partition("The last column's")[0]
+    words = set(re.findall(r"`([A-Z]\w+)`", table))
+    missing = {name for name in errors.__all__ if issubclass(getattr(errors, name), IdempotencyError)} - words
+    assert {name for name in words if not hasattr(errors, name)} == set()
+    # Bases, what decoration and locks raise, and errors of a store that is set up wrongly.
+    assert missing == {
+        *("IdempotencyError", "CallError", "OutcomeError", "BackendError", "SerializationError"),
+        *("LockError", "LockTimeout", "LockLost", "NotHeld"),
+    }
