@@ -46,7 +46,9 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: a relative import, which this test cannot place"
+            assert node.module is not None
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
