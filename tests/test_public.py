@@ -94,6 +94,17 @@ def test_importing_pulls_in_nothing_heavy(statement: str, absent: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_importing_takes_thirty_milliseconds_at_the_most() -> None:
+    def measure() -> float:
+        """Milliseconds for the package and all that it imports."""
+        command = [sys.executable, "-X", "importtime", "-c", "import idempotent"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+        (line,) = [line for line in lines if line.endswith("| idempotent")]
+        return int(line.split("|")[1]) / 1000
+
+    assert min(measure() for _ in range(7)) <= 30  # the best of some: others use the machine, too
+
+
 # ----------------------------------------------------------------------------------------- methods of what is decorated
 
 
