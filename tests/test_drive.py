@@ -196,6 +196,7 @@ class Beats(Faulty):
         return answer
 
 
+@pytest.mark.parametrize("backend_url", ["local", "redis", "postgres"], indirect=True)  # each takes a second
 def test_no_renewal_outlives_its_call(backend_url: str, colour: Colour) -> None:
     inner = open_backend(backend_url)
     drive(inner.blocking().read(RecordId("n", "none")))  # connected, and its table made: the lease is short
@@ -208,13 +209,13 @@ def test_no_renewal_outlives_its_call(backend_url: str, colour: Colour) -> None:
         if error:
             raise KeyError("own")
 
-    work = colour.define(work, backend=backend, lease=0.6)
+    work = colour.define(work, backend=backend, lease=0.9)
 
     async def main() -> None:
         await work(False)
         with contextlib.suppress(KeyError):
             await work(True)
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.35)
 
     if colour.is_async:
         asyncio.run(main())
@@ -222,7 +223,7 @@ def test_no_renewal_outlives_its_call(backend_url: str, colour: Colour) -> None:
         work(False)
         with contextlib.suppress(KeyError):
             work(True)
-        time.sleep(0.25)
+        time.sleep(0.35)
     history = backend.history
     assert history.count("renew begins") == history.count("renew ends") >= 2
     for ending in ("complete begins", "release begins"):

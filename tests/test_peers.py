@@ -159,7 +159,7 @@ def test_an_unencodable_result_neither_runs_twice_nor_blocks_the_key(
         effects.hit()
         return threading.Lock()
 
-    work = colour.define(work, backend=backend_url, lease=0.2, wait=0)
+    work = colour.define(work, backend=backend_url, wait=0)
     for _ in range(3):
         with pytest.raises(ResultUnavailable):
             colour.call(work)
