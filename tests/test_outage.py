@@ -1,5 +1,6 @@
 """A backend that fails, before the run, during it and after it, on every backend and in both colours."""
 
+import asyncio
 import threading
 import time
 import warnings
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from colours import COLOURS, Colour
 from faulty import Faulty
-from test_calls import Counter, Gate
+from test_calls import Counter, Gate, Interruption
 
 from idempotent import (
     Applied,
@@ -19,7 +20,10 @@ from idempotent import (
     Event,
     LeaseLost,
     LocalBackend,
+    NotApplied,
+    OutcomeUnknown,
     ResultUnavailable,
+    StillUnknown,
     UnprotectedWarning,
     configure,
     current_call,
@@ -60,6 +64,14 @@ def seen() -> list[Event]:
     events: list[Event] = []
     configure(hooks=[events.append])
     return events
+
+
+def leave_unknown(backend: Backend, rid: RecordId) -> None:
+    """What a run leaves that was interrupted where nobody may guess."""
+    backend, attempt = backend.blocking(), b"deadbeef"
+    options: Any = {"attempt": attempt, "fingerprint": b"", "lease": 30.0, "keep": None, "takeover": False}
+    token = drive(backend.claim(rid, **options)).token
+    drive(backend.release(rid, attempt=attempt, token=token, unknown=True))
 
 
 def names(events: list[Event]) -> list[str]:
@@ -168,15 +180,21 @@ def test_a_recorded_error_and_a_release_survive_a_lost_reply(
         assert effects.count == count
 
 
-def test_a_failed_release_is_a_note_on_the_functions_own_error(faulty: Faulty, colour: Colour) -> None:
+@pytest.mark.parametrize("error", [KeyError("own"), Interruption("own")], ids=repr)
+def test_a_failed_release_is_a_note_on_the_functions_own_error(
+    faulty: Faulty, colour: Colour, error: BaseException
+) -> None:
     def charge() -> None:
-        raise KeyError("own")
+        raise error
 
     charge = colour.define(charge, backend=faulty, lease=0.2)
     faulty.plant("release", "before", times=10_000)
-    with pytest.raises(KeyError, match="own") as caught:
+    error.__notes__ = []
+    with pytest.raises(type(error), match="own") as caught:
         colour.call(charge)
-    assert "stays claimed until its lease ends" in caught.value.__notes__[0]
+    assert caught.value is error
+    [note] = error.__notes__
+    assert "stays claimed until its lease ends" in note
 
 
 def test_what_was_recorded_is_told_although_its_confirmation_was_lost(colour: Colour) -> None:
@@ -232,8 +250,11 @@ def test_renewals_that_fail_are_tried_again_and_the_lease_holds(
     def slow() -> int:
         call = current_call()
         assert call is not None
-        faulty.plant("renew", "before", 2)
+        faulty.plant("renew", "before")
+        faulty.plant("renew", "after")
+        deadline = time.monotonic() + 20
         while faulty.calls.count("renew") < 4:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         call.check()
         return effects.hit()
@@ -276,11 +297,13 @@ def test_a_waiter_that_cannot_wait_asks_again_and_never_runs_unprotected(
     first = colour.start(inner)
     assert gate.entered.wait(30)
     faulty.plant("changed", "before", 2)
+    faulty.plant("changed", "after")
     second = colour.start(outer)
     while faulty.calls.count("changed") < 3:
         time.sleep(0.01)
     gate.opened.set()
     assert first.result(30) == second.result(30) == 1
+    assert not faulty.faults
     assert effects.count == 1
 
 
@@ -497,10 +520,7 @@ def test_a_probes_finding_is_not_answered_by_a_run_without_protection(
         return Applied(7)
 
     charge = colour.define(effects.hit, backend=faulty, namespace="n", key="k", on_outage="run", on_crash=probe)
-    rid, backend, attempt = RecordId("n", "k"), faulty.inner.blocking(), b"deadbeef"
-    options: Any = {"attempt": attempt, "fingerprint": b"", "lease": 30.0, "keep": None, "takeover": False}
-    token = drive(backend.claim(rid, **options)).token
-    drive(backend.release(rid, attempt=attempt, token=token, unknown=True))
+    leave_unknown(faulty.inner, RecordId("n", "k"))
     with pytest.raises(BackendUnavailable):
         colour.call(charge)
     assert effects.count == 0
@@ -540,6 +560,119 @@ def test_all_who_follow_a_call_into_an_outage_are_told_with_it(
     answers = colour.storm(charge, 20)
     assert [type(answer) for answer in answers] == [BackendUnavailable] * 20
     assert effects.count == 0
+
+
+# --------------------------------------------------------------------------------------------------- what is left to ask
+
+
+@pytest.mark.parametrize(
+    ("colour", "probe_is_async"), [(COLOURS[0], False), (COLOURS[1], False), (COLOURS[1], True)], ids=repr
+)
+def test_a_probe_decides_about_what_a_dead_run_left(
+    faulty: Faulty, colour: Colour, effects: Counter, probe_is_async: bool
+) -> None:
+    verdicts: dict[str, Any] = {
+        "applied": Applied(7),
+        "not applied": NotApplied(),
+        "not applied, by its class": NotApplied,
+        "still unknown": StillUnknown(),
+        "still unknown, by its class": StillUnknown,
+        "no verdict": "maybe",
+        "raises": ZeroDivisionError("probe"),
+    }
+    asked: list[str] = []
+
+    def probe(call: Any) -> Any:
+        asked.append(call.arguments["order"])
+        verdict = verdicts[call.key]
+        if isinstance(verdict, Exception):
+            raise verdict
+        return verdict
+
+    async def async_probe(call: Any) -> Any:
+        await asyncio.sleep(0)
+        return probe(call)
+
+    charge = colour.define(
+        lambda order: effects.hit(),
+        backend=faulty,
+        namespace="n",
+        key="{order}",
+        on_crash=async_probe if probe_is_async else probe,
+    )
+    for order in verdicts:
+        leave_unknown(faulty.inner, RecordId("n", order))
+    for order, error, words in [
+        ("still unknown", OutcomeUnknown, "may or may not"),
+        ("still unknown, by its class", OutcomeUnknown, "may or may not"),
+        ("no verdict", TypeError, "must return Applied"),
+        ("raises", ZeroDivisionError, "probe"),
+    ]:
+        for _ in range(2):
+            with pytest.raises(error, match=words):
+                colour.call(charge, order)
+        assert asked == [order, order]
+        assert colour.call(charge.peek, order).state == "unknown"
+        asked.clear()
+    for _ in range(2):
+        assert colour.call(charge, "applied") == 7
+    assert effects.count == 0
+    for order, answer in {"not applied": 1, "not applied, by its class": 2}.items():
+        for _ in range(2):
+            assert colour.call(charge, order) == answer
+    assert asked == ["applied", "not applied", "not applied, by its class"]
+    assert effects.count == 2
+
+
+LAST_STEP = {"probe": "complete", "result": "complete", "error": "fail", "not_applied": "release"}
+
+
+def test_a_dead_run_is_settled_although_a_reply_was_lost(faulty: Faulty, colour: Colour, effects: Counter) -> None:
+    keys = {f"{way}, {lost} lost": (way, lost) for way, last in LAST_STEP.items() for lost in ("claim", last)}
+    answers: dict[str, Any] = {"result": 7, "error": ZeroDivisionError("by hand"), "not_applied": True}
+    options: Any = {"backend": faulty, "namespace": "n", "key": "{order}", "lease": 0.5}
+
+    asked: set[str] = set()
+
+    def probe(call: Any) -> Applied:
+        if call.key not in asked:
+            asked.add(call.key)
+            faulty.plant(keys[call.key][1], "after")
+        return Applied(7)
+
+    def work(order: str) -> int:
+        return effects.hit()
+
+    asking = colour.define(work, on_crash=probe, **options)
+    charge = colour.define(work, on_crash="raise", error_ttl={ZeroDivisionError: 60}, **options)
+
+    def settle(key: str) -> None:
+        way, _ = keys[key]
+        if way == "probe":
+            assert colour.call(asking, key) == 7
+        else:
+            assert colour.call(charge.resolve, key, **{way: answers[way]})
+
+    for key, (way, lost) in keys.items():
+        leave_unknown(faulty.inner, RecordId("n", key))
+        if way != "probe":
+            faulty.plant(lost, "after")
+        with pytest.raises(BackendUnavailable):
+            settle(key)
+        assert not faulty.faults
+    for key, (_, lost) in keys.items():
+        if lost == "claim":  # it stands until its lease is over, and then whoever asks again settles it
+            while colour.call(charge.peek, key).lease_left > 0:
+                time.sleep(0.01)
+            settle(key)
+    for key, (way, _) in keys.items():
+        if way == "error":
+            with pytest.raises(ZeroDivisionError, match="by hand"):
+                colour.call(charge, key)
+        elif way != "not_applied":
+            assert colour.call(charge, key) == 7
+    assert effects.count == 0
+    assert [colour.call(charge, key) for key, (way, _) in keys.items() if way == "not_applied"] == [1, 2]
 
 
 # --------------------------------------------------------------------------------------------- answers that come late
