@@ -32,6 +32,8 @@ _RIVALS = 1.0
 """Seconds for which another process is remembered to want the lock."""
 _STREAK = 0.1
 """Seconds for which a process may have its way, although no other was met."""
+_TIMES = 8
+"""As often may it in any case."""
 
 
 async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
@@ -41,7 +43,7 @@ async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
         LockError: the asking thread or task holds it.
         BackendUnavailable: the claim could not be confirmed.
     """
-    rooms, place, now = held.plan.rooms, Place(), driver.now()
+    rooms, place, now = held.plan.rooms, Place(is_async=held.asker.is_async), driver.now()
     until = None if wait is None else now + wait
     room, first = rooms.enter(held, place, now)
     try:
@@ -85,12 +87,12 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
             continue
         pause = 0.0 if stepped_back or left == 0 else _courtesy(plan, room, now)
         if pause:
-            stepped_back, room.streak_from = True, now + pause
-            place.trusted_until = now + pause + trust
+            stepped_back, room.streak_from, room.streak = True, now + pause, 0
+            place.trust(now, now + pause + trust)
             await driver.sleep(pause if left is None else min(pause, max(0.0, left)))
             continue
         stepped_back = False
-        place.trusted_until = now + trust
+        place.trust(now, now + trust)
         held.claiming = True
         held.answer_due = now + 0.9 * min(plan.lease, plan.backend.timeout)
         try:
@@ -112,8 +114,8 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
                 continue
             held.claiming = False
             if room.beaten or now - room.freed_at > _AGAIN:
-                room.streak_from = now
-            room.beaten = 0
+                room.streak_from, room.streak = now, 0
+            room.beaten, room.streak = 0, room.streak + 1
             plan.rooms.admit(room, held)
             if plan.heartbeat:
                 driver.beat(held)
@@ -132,7 +134,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
             return False
         held.report_wait()
         patience = max(0.001, reply.lease_left if left is None else min(left, reply.lease_left))
-        place.trusted_until = now + patience + trust
+        place.trust(now, now + patience + trust)
         try:
             await plan.backend.changed(rid, token=reply.token, timeout=patience)
         except BackendError as error:  # the next claim tells whether the backend is out
@@ -146,7 +148,7 @@ async def _outwait(driver: Driver, room: Room, place: Place, holder: Held, left:
     now = driver.now()
     if room.holder(now) is holder:
         patience = max(0.001, holder.valid_until - now)
-        place.trusted_until = now + patience + trust
+        place.trust(now, now + patience + trust)
         await waiter.wait(patience if left is None else min(patience, left))
     place.waiter = None
 
@@ -156,7 +158,8 @@ def _courtesy(plan: Plan, room: Room, now: float) -> float:
     since = now - room.freed_at
     if since > _RECENT or room.beaten >= _PATIENT or plan.backend.name == "local":
         return 0.0
-    if now < room.rivals_until or (since < _AGAIN and now - room.streak_from > _STREAK):
+    has_its_way = since < _AGAIN and room.streak >= _TIMES and now - room.streak_from > _STREAK
+    if now < room.rivals_until or has_its_way:
         return _STEP_BACK * (1 + random()) / (1 + room.beaten)
     return 0.0
 

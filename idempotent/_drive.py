@@ -42,7 +42,7 @@ class Beating(Protocol):
 
 B = TypeVar("B", bound=Beating)
 
-_LINGER = 0.5
+_LINGER = 2.0
 """Seconds a heartbeat thread sleeps at the longest, and so how long it outlives the last run."""
 _BEATING = 8
 """The most heartbeat threads of one backend."""

@@ -9,6 +9,7 @@ place whose thread or loop is gone may be passed over.
 import os
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from idempotent.events import EventName, Hook
 
 _PROMPT = 1.0
 """Seconds in which whoever has become first in line must begin to ask; a blocked event loop is passed over."""
+_ANSWER = 2.0
+"""Seconds in which an event loop must answer those who wait behind one of its tasks."""
 
 
 class Plan:
@@ -266,7 +269,8 @@ class Held:
         return plan.lease / 3 if lease == plan.lease else None
 
     def _over_here(self) -> bool:
-        return self.over or self._lost or self.inherited
+        # Once a release was sent, a renewal that finds nothing is no loss.
+        return self.over or self._lost or self.inherited or self.release_sent is not None
 
     def report_wait(self) -> None:
         """Tell the hooks, once, that it has to wait."""
@@ -311,13 +315,32 @@ def renewal(driver: Driver, run: Held | Watch) -> Any:
 class Place:
     """One place in a line."""
 
-    __slots__ = ("passed_over", "trusted_until", "waiter")
+    __slots__ = ("_loop", "passed_over", "trusted_until", "waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_async: bool) -> None:
+        self._loop: Any = sys.modules["asyncio"].get_running_loop() if is_async else None
         self.trusted_until = 0.0
         """First in line only: monotonic seconds until which it is taken for alive."""
         self.waiter: ThreadWaiter | TaskWaiter | None = None
         self.passed_over = False
+
+    def trust(self, now: float, until: float) -> None:
+        """It has something to do until monotonic `until`. A task's event loop, which may be closed or blocked, is asked."""
+        self.trusted_until = until if self._loop is None else min(until, now + _ANSWER)
+
+    def is_alive(self, now: float) -> bool:
+        """Whether it is to be waited for; a task's loop is asked to show that it still runs."""
+        if now >= self.trusted_until:
+            return False
+        if self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._answer)
+            except RuntimeError:  # closed
+                return False
+        return True
+
+    def _answer(self) -> None:
+        self.trusted_until = max(self.trusted_until, time.monotonic() + _ANSWER)
 
     def wake(self) -> None:
         if self.waiter is not None:
@@ -327,7 +350,7 @@ class Place:
 class Room:
     """Where those of one process wait who want one lock."""
 
-    __slots__ = ("beaten", "freed_at", "hold", "line", "rivals_until", "streak_from")
+    __slots__ = ("beaten", "freed_at", "hold", "line", "rivals_until", "streak", "streak_from")
 
     def __init__(self) -> None:
         self.line: deque[Place] = deque()
@@ -339,8 +362,10 @@ class Room:
         """How often other processes have been quicker since this one had the lock."""
         self.rivals_until = 0.0
         """Monotonic seconds until which other processes are taken to want the lock."""
+        self.streak = 0
+        """How often in a row this process has had the lock each time it wanted it,"""
         self.streak_from = 0.0
-        """Monotonic seconds: since when this process has had the lock each time it wanted it."""
+        """and since when, in monotonic seconds."""
 
     def holder(self, now: float) -> Held | None:
         """The hold of this process that stands, as far as can be told here."""
@@ -383,7 +408,7 @@ class Rooms:
                     f"the lock {held.rid.digest} is not re-entrant: this {'task' if held.asker.is_async else 'thread'}"
                     " holds it already and would wait for itself; pass the hold on, or release it first"
                 )
-            place.trusted_until = now + _PROMPT
+            place.trust(now, now + _PROMPT)
             room.line.append(place)
             return room, len(room.line) == 1
 
@@ -404,17 +429,17 @@ class Rooms:
                 place.passed_over = False
                 room.line.append(place)
             now = driver.now()
-            while room.line[0] is not place and room.line[0].trusted_until <= now:
+            while room.line[0] is not place and not room.line[0].is_alive(now):
                 room.line.popleft().passed_over = True
                 self._promote(room, now)
             if room.line[0] is place:
                 return None
             place.waiter = driver.waiter()
-            return room.line[0].trusted_until - now, place.waiter
+            return max(0.0, room.line[0].trusted_until - now), place.waiter
 
     @staticmethod
     def _promote(room: Room, now: float) -> None:
-        room.line[0].trusted_until = now + _PROMPT
+        room.line[0].trust(now, now + _PROMPT)
         room.line[0].wake()
 
     def admit(self, room: Room, held: Held) -> None:

@@ -482,28 +482,87 @@ def test_a_waiter_sees_a_lease_that_ends_without_a_word(
     hold.release()
 
 
-def test_a_waiter_whose_loop_is_gone_does_not_block_the_line() -> None:
-    """A dead first-in-line blocks nobody for long, and its place is passed over."""
-    backend = LocalBackend()
-    backend.timeout = backend.asynchronous().timeout = 0.05
-    lock = Lock("l", backend=backend, lease=0.5, heartbeat=False)
-    hold = lock.acquire()
+def test_a_first_in_line_whose_loop_is_blocked_holds_nobody_up(backend_url: str, _fresh: contextlib.ExitStack) -> None:
+    hold = Lock("l", backend=apart(backend_url, _fresh)).acquire()
     assert hold is not None
-    loop = asyncio.new_event_loop()
+    stands, let_go = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        first = asyncio.ensure_future(AsyncLock("l", backend=backend_url).acquire())
+        while not waiting(backend_url):
+            await asyncio.sleep(0)
+        stands.set()
+        let_go.wait(60)
+        await (await first).release()
+
+    blocked = threading.Thread(target=lambda: asyncio.run(main()))
+    blocked.start()
+    assert stands.wait(30)
+    behind = start(Lock("l", backend=backend_url).acquire, wait=60)
+    eventually(lambda: waiting(backend_url) == 2)
+    began = time.monotonic()
+    hold.release()
+    behind.result(60).release()
+    assert time.monotonic() - began < 10  # and not a lease and two deadlines
+    let_go.set()
+    blocked.join(30)
+
+
+def test_a_first_in_line_whose_loop_is_closed_is_passed_over_at_once() -> None:
+    backend = LocalBackend()
+    hold = Lock("l", backend=Faulty(backend)).acquire()
+    assert hold is not None
+    tasks: list[Any] = []
 
     async def leave() -> None:
-        tasks.append(asyncio.ensure_future(AsyncLock("l", backend=backend, lease=0.5).acquire()))
-        await asyncio.sleep(0.05)
+        tasks.append(asyncio.ensure_future(AsyncLock("l", backend=backend).acquire()))
+        while not backend._store.signals._waiters:
+            await asyncio.sleep(0)
 
-    tasks: list[Any] = []
+    loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
     loop.close()  # without cancelling the waiter
-    assert not tasks[0].done()
-    waiter = start(lock.acquire)
-    mine = waiter.result(20)
-    assert mine.token > hold.token
-    mine.release()
+    behind = start(Lock("l", backend=backend).acquire, wait=60)
+    eventually(lambda: len(backend._store.signals._waiters["l0::l"]) == 2)
+    hold.release()
+    began = time.monotonic()
+    behind.result(60).release()
+    assert time.monotonic() - began < 1
     tasks[0]._log_destroy_pending = False
+
+
+def test_a_hold_released_on_another_loop_during_a_renewal_is_not_lost() -> None:
+    renewing, told = threading.Event(), []
+    configure(hooks=[lambda event: told.append(event.name)])
+
+    class Slow(Faulty):
+        def asynchronous(self) -> "Slow":
+            self.inner = self.inner.asynchronous()
+            return self
+
+        async def renew(self, *args: Any, **kwargs: Any) -> Any:
+            renewing.set()
+            while "release" not in self.calls:
+                await asyncio.sleep(0.001)
+            answers.append(await self.inner.renew(*args, **kwargs))
+            return answers[-1]
+
+        async def release(self, *args: Any, **kwargs: Any) -> Any:
+            reply = await super().release(*args, **kwargs)
+            while not answers:
+                await asyncio.sleep(0.001)
+            return reply
+
+    answers: list[Any] = []
+    loops = [Loop(), Loop()]
+    lock = AsyncLock("l", backend=Slow(LocalBackend()), lease=1.5, on_lost=lambda hold: told.append("on_lost"))
+    hold = loops[0].run(lock.acquire())
+    assert renewing.wait(30)
+    loops[1].run(hold.release())
+    for loop in loops:
+        loop.close()
+    assert not hold.lost
+    assert told == ["claimed", "released"]
 
 
 # ------------------------------------------------------------------------------------------- releasing what one has not

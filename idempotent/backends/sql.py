@@ -224,10 +224,14 @@ class SQLBackend(Backend):
             return await self._run(lambda connection: make.runs(connection, rid, token), min(timeout, self.timeout))
 
         link = self._link
-        if self._listener is None:
-            await poll(runs, link.sleep, timeout)
-        else:
-            await self._listener.changed(rid.digest, link.waiter(), runs, link.sleep, timeout, self.timeout)
+        try:
+            if self._listener is None:
+                await poll(runs, link.sleep, timeout)
+            else:
+                await self._listener.changed(rid.digest, link.waiter(), runs, link.sleep, timeout, self.timeout)
+        except BackendUnavailable:
+            if timeout >= self.timeout:
+                raise  # else it is the waiter's time that was over
 
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         last = ""
