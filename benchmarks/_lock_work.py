@@ -56,7 +56,7 @@ class Block(NamedTuple):
     """The mean of many."""
 
 
-def use_alone(url: str, name: str, seconds: float, *, is_async: bool) -> dict[str, list[Block]]:
+def use_alone(url: str, name: str, seconds: float, is_async: bool) -> dict[str, list[Block]]:
     """For `seconds`, rounds of one block for each lock, in random order."""
     return _runner().run(_alone_async(url, name, seconds)) if is_async else _alone(url, name, seconds)
 

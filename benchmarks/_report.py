@@ -1,5 +1,6 @@
 """Statistics, tables and targets, for every benchmark."""
 
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -86,8 +87,6 @@ def met_or_missed(targets: Sequence[Target]) -> str:
 
 def machine(*packages: str) -> dict[str, str]:
     """What this runs on, and the versions of the packages that are compared."""
-    import os
-
     found = {"system": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
     found["python"] = platform.python_version()
     for package in packages:
