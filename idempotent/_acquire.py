@@ -45,12 +45,16 @@ async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
     """
     rooms, place, now = held.plan.rooms, Place(is_async=held.asker.is_async), driver.now()
     until = None if wait is None else now + wait
-    room, first = rooms.enter(held, place, now)
     try:
+        room, first = rooms.enter(held, place, now)
         if (first or await _turn(driver, held, room, place, until)) and await _ask(driver, held, room, place, until):
             return True
     finally:
-        rooms.leave(room, place, driver.now())
+        try:
+            rooms.leave(held, place, driver.now())
+        except BaseException:  # a signal handler's: nobody is to wait behind a place that is empty
+            rooms.leave(held, place, driver.now())
+            raise
     held.report("busy")
     return False
 

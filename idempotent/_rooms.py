@@ -412,9 +412,12 @@ class Rooms:
             room.line.append(place)
             return room, len(room.line) == 1
 
-    def leave(self, room: Room, place: Place, now: float) -> None:
-        """Take `place` out of the line; the next one is told that it is first."""
+    def leave(self, held: Held, place: Place, now: float) -> None:
+        """Take `place` out of the line, if it is in it; the next one is told that it is first."""
         with self.lock:
+            room = self._by_key.get(held.rid.text)
+            if room is None:
+                return
             if room.line and room.line[0] is place:
                 room.line.popleft()
                 if room.line:

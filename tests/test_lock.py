@@ -929,7 +929,7 @@ async def _wipe(url: str, rid: RecordId) -> None:
         import redis
 
         with redis.Redis.from_url(url.partition("?")[0]) as client:
-            assert client.delete(f"{backend.prefix}:{rid.text}") == 1
+            assert client.delete(f"{backend.prefix}:{{{rid.text}}}") == 1
     else:
         view = backend.blocking()
         await view._run(

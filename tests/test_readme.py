@@ -29,7 +29,7 @@ def test_the_first_screen_holds_exactly_two_commands() -> None:
     shell = [code.strip() for language, code in BLOCKS if language in ("sh", "bash", "console")]
     assert len(shell) == 2
     assert shell[0].endswith("-m idempotent demo")
-    assert shell[1].endswith("-m pytest")
+    assert shell[1].endswith("-m pytest -n 2")
     assert README.index(shell[1]) < README.index("\n## ")
 
 
