@@ -1,15 +1,35 @@
 """Cancellation of a task while it waits, runs and finishes; Ctrl-C in a thread; coroutines thrown away."""
 
 import asyncio
+import collections
+import contextlib
 import gc
+import random
+import signal
+import sys
 import threading
 import time
 from typing import Any
 
 import pytest
+import redis
+from colours import COLOURS, Colour
 from faulty import Faulty
+from proxy import Proxy
+from servers import Address
+from test_calls import Counter, Gate, backend_at, in_both_places
 
-from idempotent import Backend, InProgress, LocalBackend, OutcomeUnknown, idempotent, open_backend
+from idempotent import (
+    Backend,
+    InProgress,
+    LeaseLost,
+    LocalBackend,
+    OutcomeUnknown,
+    RedisBackend,
+    idempotent,
+    open_backend,
+)
+from idempotent._options import split_url
 
 
 class Paused(Faulty):
@@ -260,22 +280,163 @@ def test_ctrl_c_while_claiming_and_while_finishing_leaves_no_lease() -> None:
     assert ran == [1, 2]
 
 
-def test_a_blocked_event_loop_loses_its_lease_and_is_told(shared_backend_url: str) -> None:
+def interrupt_main_thread_when_it_waits() -> None:
+    """Send SIGINT to the main thread, as soon as it has stood still for a while: it is in a system call or a lock."""
+    ident = threading.main_thread().ident
+    assert ident is not None
+    place, since = None, time.monotonic()
+    while time.monotonic() - since < 0.03:
+        frame = sys._current_frames()[ident]
+        if (frame.f_code, frame.f_lasti) != place:
+            place, since = (frame.f_code, frame.f_lasti), time.monotonic()
+        del frame
+        time.sleep(0.001)
+    signal.pthread_kill(ident, signal.SIGINT)
+
+
+@in_both_places
+def test_ctrl_c_in_a_call_that_waits_disturbs_nobody(backend_url: str, place: str) -> None:
+    gate, effects = Gate(), Counter()
+
+    def work() -> int:
+        gate.pass_through()
+        return effects.hit()
+
+    def interrupt() -> None:
+        while not second.stats().get("waited"):
+            time.sleep(0.001)
+        interrupt_main_thread_when_it_waits()
+
+    first = idempotent(backend=backend_url, namespace="n", lease=60)(work)
+    second = idempotent(backend=backend_at(place, backend_url), namespace="n", lease=60)(work)
+    running = threading.Thread(target=first)
+    running.start()
+    assert gate.entered.wait(30)
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            second()
+    finally:
+        interrupter.join(30)
+        gate.opened.set()
+        running.join(30)
+    assert second() == effects.count == 1
+
+
+def test_cancelled_at_any_moment_of_an_exchange_leaves_no_lease_no_mix_up_and_no_task(shared_backend_url: str) -> None:
+    async def main() -> None:
+        ran: collections.Counter[int] = collections.Counter()
+
+        @idempotent(backend=shared_backend_url, key="{number}", wait=5, lease=60)
+        async def work(number: int) -> str:
+            ran[number] += 1
+            return f"receipt {number}"
+
+        took = []
+        for number in (-1, -2, -3):
+            began = time.monotonic()
+            await work(number)
+            took.append(time.monotonic() - began)
+        dice = random.Random(1)
+        for number in range(150):
+            task = asyncio.ensure_future(work(number))
+            await asyncio.sleep(dice.uniform(0, 1.2 * min(took)))
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                assert await task == f"receipt {number}"
+            assert await work(number) == f"receipt {number}"
+            assert ran[number] <= 2
+        assert only_this_task()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("shared_backend_url", "colour", "ready_made"),
+    [(kind, colour, False) for kind in ("redis", "postgres", "mariadb") for colour in COLOURS]
+    + [("redis", COLOURS[0], True)],  # redis-py itself minds the interruptions of its other reads
+    indirect=["shared_backend_url"],
+    ids=str,
+)
+@pytest.mark.parametrize("step", ["claim", "complete", "release"])
+@pytest.mark.parametrize("command", ["comes late", "is lost"])
+def test_interrupted_while_a_reply_is_under_way_leaves_no_lease_and_no_mix_up(
+    shared_backend_url: str, colour: Colour, ready_made: bool, step: str, command: str
+) -> None:
+    ran: collections.Counter[str] = collections.Counter()
+    expected = {"claim": "hit 1", "complete": "hit 1", "release": "hit 2"}[step]
+
+    def work(order: str) -> str:
+        ran[order] += 1
+        if (order, ran[order]) == ("hit", 1) and step != "claim":
+            proxy.stall = True
+            if step == "release":
+                raise KeyError(order)
+        return f"{order} {ran[order]}"
+
+    def interrupt() -> None:
+        while not proxy.stall:
+            time.sleep(0.001)
+        interrupt_main_thread_when_it_waits()
+        go_on()
+
+    def go_on() -> None:
+        if command == "is lost":
+            proxy.drop()
+        proxy.stall = False
+
+    async def cancel() -> None:
+        assert await function("before") == "before 1"
+        proxy.stall = step == "claim"
+        task = asyncio.create_task(function("hit"))
+        while not proxy.stall:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)  # by now it waits for the reply; elsewhere, too, it must come to no harm
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [await function(order) for order in ("after", "hit", "before")] == ["after 1", expected, "before 1"]
+        assert only_this_task()
+
+    port = Address(shared_backend_url).port
+    with Proxy("127.0.0.1", port) as proxy, contextlib.ExitStack() as stack:
+        backend: str | Backend = shared_backend_url.replace(f":{port}/", f":{proxy.port}/")
+        if ready_made:
+            bare, options = split_url(str(backend), ("prefix",))
+            client = stack.enter_context(redis.Redis.from_url(bare, socket_timeout=None))
+            backend = stack.enter_context(RedisBackend(client, prefix=options["prefix"]))
+        function = colour.define(work, backend=backend, key="{order}", wait=5, lease=60)
+        if colour.is_async:
+            asyncio.run(cancel())
+        else:
+            assert function("before") == "before 1"
+            proxy.stall = step == "claim"
+            interrupter = threading.Thread(target=interrupt)
+            interrupter.start()
+            with pytest.raises(KeyboardInterrupt):
+                function("hit")
+            interrupter.join(30)
+            assert [function(order) for order in ("after", "hit", "before")] == ["after 1", expected, "before 1"]
+    assert ran["hit"] == int(expected[-1])
+
+
+def test_a_blocked_event_loop_loses_its_lease_and_is_told(backend_url: str) -> None:
     """A function that blocks its loop cannot renew: another takes over, and the late one is told."""
     ran: list[str] = []
     overtaken = threading.Event()
 
-    @idempotent(backend=shared_backend_url, namespace="n", lease=0.3)
+    @idempotent(backend=backend_url, namespace="n", lease=0.3)
     async def blocking() -> str:
         assert overtaken.wait(30)
         return "late"
 
-    @idempotent(backend=Faulty(open_backend(shared_backend_url)), namespace="n", lease=0.3)
+    @idempotent(backend=Faulty(open_backend(backend_url)), namespace="n", lease=0.3)
     def patient() -> str:
         ran.append("patient")
         return "patient"
-
-    from idempotent import LeaseLost
 
     errors: list[BaseException] = []
 
