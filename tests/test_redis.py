@@ -21,8 +21,9 @@ from servers import Address, Server, start_redis
 from test_calls import Counter, Gate
 
 from idempotent import BackendError, BackendUnavailable, InProgress, RedisBackend
+from idempotent._drive import drive
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
-from idempotent.backends.redis import _named
+from idempotent.backends.redis import _CONNECTIONS, _named
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 A, B = b"attemptA", b"attemptB"
@@ -166,7 +167,9 @@ OPERATIONS: dict[str, Any] = {
     "complete": lambda commands, rid, token: commands.complete(
         rid, attempt=A, token=token, codec="json", body=b"42", ttl=60.0
     ),
+    "fail": lambda commands, rid, token: commands.fail(rid, attempt=A, token=token, codec="e", body=b"no", ttl=60.0),
     "renew": lambda commands, rid, token: commands.renew(rid, attempt=A, token=token, lease=40.0),
+    "read": lambda commands, rid, token: commands.read(rid)[:4],
     "release": lambda commands, rid, token: commands.release(rid, attempt=A, token=token),
     "forget": lambda commands, rid, token: commands.forget(rid, force=True),
 }
@@ -210,15 +213,20 @@ def test_an_operation_cut_at_any_byte_is_answered_or_refused_and_its_repeat_agre
                 assert reply is not None
                 assert (reply.state, reply.token) == ("running", token)
                 assert (repeat, stored) == (None, None)  # another forget finds nothing
+            elif operation == "read":
+                assert reply in (None, repeat)
+                assert repeat == stored[:4]
+                assert (stored.state, stored.token) == ("running", token)
             else:
                 assert reply in (None, Answer.DONE)
                 assert repeat is Answer.DONE
-                assert (stored.state, stored.token) == ("completed" if operation == "complete" else "running", token)
-            if operation == "complete":
-                assert claim(direct, rid, B)[:2] == (False, token)
+                state = {"complete": "completed", "fail": "failed"}.get(operation, "running")
+                assert (stored.state, stored.token) == (state, token)
+            if operation in ("complete", "fail"):
+                assert claim(direct, rid, B)[:2] == (operation == "fail", token)
             if not proxy.fired:
                 break
-            byte += STEP[direction]
+            byte += 7 if (operation, direction) == ("read", "down") else STEP[direction]  # most of it is the record
         proxy.cut(direction, 1 << 40)
     assert byte > 3  # the sweep met an exchange, and went past its end
     assert refused == 0, f"{refused} of {confirmed + refused} were not sent again in time"
@@ -754,6 +762,56 @@ def test_an_async_clients_pool_that_is_used_up_runs_nothing_until_it_has_room(
     asyncio.run(main())
 
 
+def test_the_own_connections_that_are_used_up_run_nothing_until_there_is_room(
+    own_redis: Server,
+    proxy: Proxy,
+    prefix: str,
+    colour: Colour,
+    effects: Counter,
+    opened: Callable[..., RedisBackend],
+) -> None:
+    backend = opened(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, timeout=60)
+    work = colour.define(effects.hit, backend=backend, key="k", lease=1)
+    view = backend.asynchronous() if colour.is_async else backend.blocking()
+
+    def all_are_taken() -> bool:
+        return len(proxy._pairs) == _CONNECTIONS
+
+    async def main() -> None:
+        proxy.stall = True
+        holding = [asyncio.ensure_future(view.read(RecordId("n", str(n)))) for n in range(_CONNECTIONS)]
+        while not all_are_taken():
+            await asyncio.sleep(0.005)
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable):
+            await work()
+        assert time.monotonic() - began < 5
+        assert all_are_taken()
+        assert effects.count == 0
+        proxy.stall = False
+        assert await asyncio.gather(*holding) == [None] * _CONNECTIONS
+        assert await work() == 1
+
+    if colour.is_async:
+        asyncio.run(main())
+        return
+    proxy.stall = True
+    holding = [
+        colour.start(lambda n=n: drive(view.read(RecordId("n", str(n)))))  # type: ignore[misc]
+        for n in range(_CONNECTIONS)
+    ]
+    eventually(all_are_taken)
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable):
+        work()
+    assert time.monotonic() - began < 5
+    assert all_are_taken()
+    assert effects.count == 0
+    proxy.stall = False
+    assert [call.result(30) for call in holding] == [None] * _CONNECTIONS
+    assert work() == 1
+
+
 @pytest.mark.parametrize("decode", [False, True])
 def test_two_hundred_threads_share_a_ready_made_client(
     redis_server: Server | Address, prefix: str, decode: bool, opened: Callable[..., RedisBackend]
@@ -885,9 +943,13 @@ COMPLETED = pack(Row(State.COMPLETED, 7, A, b"", 5, codec="json", body=b""))
     ids=repr,
 )
 def test_foreign_bytes_under_a_key_run_nothing_and_are_left_alone(
-    redis_server: Server | Address, prefix: str, effects: Counter, raw: Any, opened: Callable[..., RedisBackend]
+    redis_server: Server | Address,
+    prefix: str,
+    colour: Colour,
+    effects: Counter,
+    raw: Any,
+    opened: Callable[..., RedisBackend],
 ) -> None:
-    colour = COLOURS[0]
     rid = RecordId("n", "k")
     work = colour.define(effects.hit, backend=opened(redis_server.url, prefix=prefix), key="k", namespace="n")
     with client_of(redis_server) as client, Commands(opened(redis_server.url, prefix=prefix), colour) as commands:
@@ -895,10 +957,10 @@ def test_foreign_bytes_under_a_key_run_nothing_and_are_left_alone(
         client.hset(name, mapping=raw) if isinstance(raw, dict) else client.set(name, raw)
         before = client.dump(name)
         commands_tried: dict[str, Callable[[], Any]] = {
-            "call": work,
-            "peek": work.peek,
-            "forget": work.forget,
-            "forced": lambda: work.forget(force=True),
+            "call": lambda: colour.call(work),
+            "peek": lambda: colour.call(work.peek),
+            "forget": lambda: colour.call(work.forget),
+            "forced": lambda: colour.call(work.forget, force=True),
             "renew": lambda: commands.renew(rid, attempt=A, token=7, lease=1.0),
             "complete": lambda: commands.complete(rid, attempt=A, token=7, codec="", body=b"", ttl=1.0),
             "release": lambda: commands.release(rid, attempt=A, token=7),
@@ -930,30 +992,39 @@ def test_a_waiter_is_woken_by_the_message_and_hardly_asks(
     gate: Gate,
     opened: Callable[..., RedisBackend],
 ) -> None:
-    def work() -> int:
+    def work(turn: int) -> int:
         gate.pass_through()
         return effects.hit()
 
-    runner = colour.define(work, backend=opened(own_redis.url, prefix=prefix), namespace="n")
-    waiter = colour.define(work, backend=opened(own_redis.url, prefix=prefix), namespace="n")
+    options = {"key": "{turn}", "namespace": "n"}
+    runner = colour.define(work, backend=opened(own_redis.url, prefix=prefix), **options)
+    waiter = colour.define(work, backend=opened(own_redis.url, prefix=prefix), **options)
+    took = []
     with client_of(own_redis) as client:
-        running = colour.start(runner)
-        assert gate.entered.wait(30)
-        client.config_resetstat()
-        waiting = colour.start(waiter)
-        eventually(lambda: client.pubsub_channels(f"{prefix}:*"))
-        threading.Event().wait(1.0)
-        gate.opened.set()
-        opened_at = time.monotonic()
-        assert running.result(30) == waiting.result(30) == 1
-        assert time.monotonic() - opened_at < 0.5
-        calls = client.info("commandstats")["cmdstat_evalsha"]["calls"]
-    assert calls <= 7  # one completion; two claims and three looks of the waiter; one to spare
-    assert effects.count == 1
+        for turn in (1, 2, 3):
+            gate.entered.clear()
+            gate.opened.clear()
+            running = colour.start(runner, turn)
+            assert gate.entered.wait(30)
+            client.config_resetstat()
+            waiting = colour.start(waiter, turn)
+            channel = Keys(client, prefix).name(RecordId("n", str(turn))).encode()
+            eventually(lambda channel=channel: channel in client.pubsub_channels())
+            if turn == 1:
+                threading.Event().wait(1.0)
+            opened_at = time.monotonic()
+            gate.opened.set()
+            assert running.result(30) == waiting.result(30) == turn
+            took.append(time.monotonic() - opened_at)
+            if turn == 1:
+                calls = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+                assert calls <= 7  # one completion; two claims and three looks of the waiter; one to spare
+    assert min(took) < 0.1, took  # some milliseconds; a look of its own would come after a second
+    assert effects.count == 3
 
 
-def test_many_waiters_of_a_backend_share_one_subscription_connection(
-    own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+def test_many_waiters_of_both_colours_share_one_subscription_connection(
+    own_redis: Server, prefix: str, opened: Callable[..., RedisBackend]
 ) -> None:
     waiters = 40
     entered = threading.Semaphore(0)
@@ -966,22 +1037,25 @@ def test_many_waiters_of_a_backend_share_one_subscription_connection(
 
     options = {"key": "{order}", "namespace": "n"}
     runner = COLOURS[0].define(work, backend=opened(own_redis.url, prefix=prefix), **options)
-    waiter = colour.define(work, backend=opened(own_redis.url, prefix=prefix), **options)
+    shared = opened(own_redis.url, prefix=prefix)
+    sync, asynchronous = (colour.define(work, backend=shared, **options) for colour in COLOURS)
+    half = waiters // 2
     running = [COLOURS[0].start(runner, order) for order in range(waiters)]
     try:
         for _ in range(waiters):
             assert entered.acquire(timeout=30)
-        waiting: list[Any] = []
-        whole = threading.Thread(target=lambda: waiting.extend(many(colour, waiter, waiters)))
-        whole.start()
+        waiting = [
+            COLOURS[0].start(many, COLOURS[0], sync, half),
+            COLOURS[0].start(many, COLOURS[1], lambda order: asynchronous(order + half), half),
+        ]
         with client_of(own_redis) as client:
             eventually(lambda: len(client.pubsub_channels(f"{prefix}:*")) == waiters)
             subscribed = client.client_list(_type="pubsub")
         assert [int(entry["sub"]) for entry in subscribed] == [waiters]
     finally:
         go.set()
-    whole.join(30)
-    assert waiting == [call.result(30) for call in running] == list(range(waiters))
+    answers = [answer for part in waiting for answer in part.result(30)]
+    assert answers == [call.result(30) for call in running] == list(range(waiters))
 
 
 # ----------------------------------------------------------------------------------------------------------- size and URLs
