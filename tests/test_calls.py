@@ -1,5 +1,6 @@
 """What callers are promised, on every backend and in both colours."""
 
+import asyncio
 import collections
 import contextlib
 import threading
@@ -81,6 +82,20 @@ class Gate:
 def apart(url: str) -> Backend:
     """Another backend object on the records of `url`: its calls meet the others in the store, not in the process."""
     return Faulty(open_backend(url))
+
+
+@contextlib.contextmanager
+def on_one_loop(colour: Colour) -> Iterator[Callable[..., Any]]:
+    """`colour.call`, but for async callers all on one event loop, whose connections stay open between the calls."""
+    if not colour.is_async:
+        yield colour.call
+        return
+
+    async def main(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
+
+    with asyncio.Runner() as runner:
+        yield lambda function, *args, **kwargs: runner.run(main(function, *args, **kwargs))
 
 
 in_both_places = pytest.mark.parametrize("place", ["in the process", "in the store"])

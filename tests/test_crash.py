@@ -333,7 +333,7 @@ def test_a_worker_slower_than_its_lease_keeps_it_and_others_of_either_colour_wai
         backend = _config._open(shared_backend_url)  # each waits in the store, not one behind the other
         _fresh.callback(backend.close)
         waiters.append(colour.start(define(colour, backend, effects), "o1"))
-    time.sleep(2 * LEASE)  # what is tested is that time passes and nothing happens
+    time.sleep(1.5 * LEASE)  # what is tested is that time passes and nothing happens
     assert not any(waiter.done() for waiter in waiters)
     worker.tell("return slow")
     assert worker.hear("result") == '"slow"'

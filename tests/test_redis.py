@@ -18,9 +18,9 @@ from colours import COLOURS, Colour
 from differential import Commands, aged, disagreement
 from proxy import Direction, Proxy
 from servers import Address, Server, start_redis
-from test_calls import Counter, Gate
+from test_calls import Counter, Gate, on_one_loop
 
-from idempotent import BackendError, BackendUnavailable, InProgress, RedisBackend
+from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, RedisBackend, current_call
 from idempotent._drive import drive
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
 from idempotent.backends.redis import _CONNECTIONS, _named
@@ -362,6 +362,98 @@ def test_a_warm_connection_to_a_frozen_server_is_given_up_too(
             assert 0.4 < time.monotonic() - began < 1.5
         own_redis.thaw()
         assert commands.read(rid).state == "running"
+
+
+def test_a_claim_that_a_frozen_server_applies_later_does_no_harm(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    backend = opened(own_redis.url, prefix=prefix, timeout=0.4)
+    work = colour.define(lambda order: effects.hit(), backend=backend, key="{order}", lease=1.5)
+    with on_one_loop(colour) as call:
+        assert call(work, 0) == 1  # the connection is there, and what is sent on it waits for the server
+        own_redis.freeze()
+        with pytest.raises(BackendUnavailable):
+            call(work, 1)
+        assert effects.count == 1
+        own_redis.thaw()
+        assert [call(work, 1), call(work, 1)] == [2, 2]  # at the latest when the lease of that claim is over
+        assert call(work.outcome, 1).replayed
+        assert effects.count == 2
+
+
+def test_a_server_whose_writes_stall_confirms_nothing_and_holds_no_lease(
+    own_redis: Server, prefix: str, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
+    def work(order: int) -> int:
+        if order == 0:
+            call = current_call()
+            assert call is not None
+            call.check()
+            client.client_pause(60_000, all=False)
+            deadline = time.monotonic() + 20
+            while not call.lease_lost:  # at its local deadline, as no renewal is confirmed
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with pytest.raises(LeaseLost):
+                call.check()
+            with pytest.raises(BackendUnavailable):
+                COLOURS[0].call(other)
+            client.client_unpause()
+        return effects.hit()
+
+    backend = opened(own_redis.url, prefix=prefix, timeout=0.4)
+    other = COLOURS[0].define(effects.hit, backend=backend, key="other", wait=0)
+    work = colour.define(work, backend=backend, key="{order}", lease=1)
+    with client_of(own_redis) as client:
+        try:
+            outcome = colour.call(work.outcome, 0)
+        finally:
+            client.client_unpause()
+    assert (outcome.value, outcome.stored) == (1, True)  # nobody had taken over
+    assert colour.call(work, 0) == effects.count == 1
+
+
+def test_a_partition_confirms_nothing_and_heals(
+    own_redis: Server,
+    proxy: Proxy,
+    prefix: str,
+    colour: Colour,
+    effects: Counter,
+    opened: Callable[..., RedisBackend],
+) -> None:
+    def work(order: str) -> int:
+        if order == "parted while it runs":
+            proxy.stall = True
+            healing.start()
+        return effects.hit()
+
+    def again(order: str) -> int:
+        return effects.hit()
+
+    def heal() -> None:
+        proxy.drop()
+        proxy.stall = False
+
+    healing = threading.Timer(0.7, heal)  # past the first deadline: the flow itself sends again
+    backend = opened(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, timeout=0.4)
+    options: dict[str, Any] = {"key": "{order}", "namespace": "n"}
+    work = colour.define(work, backend=backend, lease=20, **options)
+    with on_one_loop(colour) as call:
+        assert call(work, "before") == 1
+        proxy.stall = True
+        for order in ("before", "parted before it runs"):
+            with pytest.raises(BackendUnavailable):
+                call(work, order)
+        assert effects.count == 1
+        heal()
+        assert call(work, "before") == 1
+        assert call(work, "parted before it runs") == 2
+        outcome = call(work.outcome, "parted while it runs")
+        assert (outcome.value, outcome.stored) == (3, True)
+        healing.join()
+    beyond = COLOURS[0].define(again, backend=opened(own_redis.url, prefix=prefix), **options)
+    assert [beyond(order) for order in ("before", "parted before it runs", "parted while it runs")] == [1, 2, 3]
+    assert effects.count == 3
 
 
 @pytest.mark.parametrize("raises", [False, True])
