@@ -28,6 +28,7 @@ from idempotent._drive import drive
 from idempotent._record import (
     ATTEMPT_BYTES,
     LOCKS,
+    OWNER_BYTES,
     Answer,
     Busy,
     Granted,
@@ -41,7 +42,7 @@ from idempotent._record import (
 from idempotent.backends.base import Backend, micros
 from idempotent.errors import BackendUnavailable
 
-__all__ = ["BackendContract", "History", "Store"]
+__all__ = ["BackendContract"]
 
 Colour = Literal["sync", "async"]
 R = TypeVar("R")
@@ -54,6 +55,7 @@ DURATIONS = ("age", "lease_left", "expires_in")
 """What of a reply depends on when it was given."""
 ARGUMENTS, OTHERS = b"f" * 16, b"g" * 16
 """Fingerprints."""
+OWNER = ("7@h\u00f6st " + "x" * (OWNER_BYTES - 8)).encode()
 BODIES = [b'"done"', b"", b" \n\0", bytes(range(256)), "'é\\\"%s\N{GRINNING FACE}".encode()]
 SETTLES: dict[str, Any] = {"codec": "json", "body": BODIES[0], "ttl": LONG}
 COMMANDS: dict[str, dict[str, Any]] = {
@@ -128,13 +130,6 @@ class Store:
         with ThreadPoolExecutor(len(steps)) as pool:
             return list(pool.map(work, steps))
 
-    async def pause(self, seconds: float) -> None:
-        """Let the caller's time pass, and others work."""
-        if self.is_async:
-            await asyncio.sleep(seconds)
-        else:
-            time.sleep(seconds)
-
     def pass_time(self, seconds: float) -> None:
         """Let the store's time pass."""
         self._passed += seconds
@@ -160,7 +155,7 @@ class Store:
         lapses = {"lapsed": {"lease": self.short}, "dropped": {"lease": self.short, "keep": 0.001}}
         ends = {"completed": "complete", "expired": "complete", "failed": "fail", "released": "release"}
         if state != "absent":
-            await one.send("a first claim", "claim", owner="7@höst".encode(), **lapses.get(state, {}))
+            await one.send("a first claim", "claim", owner=OWNER, **lapses.get(state, {}))
         if state in ends:
             await one.send(ends[state], ends[state], **({"ttl": self.short} if state == "expired" else {}))
         elif state == "forgotten":
@@ -394,48 +389,27 @@ class BackendContract:
         store.lapse()
         for owner, (says, name, other, changes) in found:
             sender = owner.by() if other else owner
-            told = {
-                key: owner.token + value
-                for key, value in changes.items()
-                if key in ("token", "over") and value is not None
-            }
-            brings = {**changes, **told}
+            above = {key: owner.token + changes[key] for key in ("token", "over") if changes.get(key) is not None}
+            brings = {**changes, **above}
             await sender.send(says, name, **brings)
             await sender.send(f"{says}, sent again", name, **brings)
             await sender.send(f"a read after {says}", "read")
             await sender.send(f"its sender's claim after {says}", "claim")
             await owner.by().send(f"a third attempt's claim after {says}", "claim")
+        checked = sum(not owner.told.doubt for owner, _ in found)
+        promised(
+            checked > len(found) / 2, f"commands end within {self.short} s; if the store needs longer, raise `short`"
+        )
 
     @driven
-    async def test_tokens_only_grow_whatever_became_of_the_record(self, store: Store) -> None:
-        one = await store.left("running")
-        for name in ("release", "forget", "release", "complete", "release", "fail", "forget", "renew", "release"):
-            await one.send(name, name, **({"force": True} if name == "forget" else {}))
-            if name in ("complete", "fail"):
-                await one.send("forget", "forget")
-            if name == "renew":
-                await one.send("release to unknown", "release", unknown=True)
-            after = one.by()
-            reply = await after.send(f"a claim after {name}", "claim", over=one.token)
-            promised(isinstance(reply, Granted), f"after {name} the next claim is granted", reply)
-            one = after
-
-    @driven
-    async def test_an_outcome_is_never_overwritten(self, store: Store) -> None:
-        for first, second in (("complete", "fail"), ("fail", "complete")):
-            one = await store.left("running")
-            for body, name in ((b"1", first), (b"2", first), (b"3", second)):
-                await one.send(f"{name} with {body!r}", name, body=body)
-            await one.by().send("a claim after three outcomes", "claim")
-
-    @driven
-    async def test_an_outcome_comes_back_byte_for_byte(self, store: Store) -> None:
+    async def test_an_outcome_stays_byte_for_byte(self, store: Store) -> None:
         for body in [*BODIES, random.Random(1).randbytes(1 << 20)]:
             for name, codec in (("complete", "json1"), ("complete", ""), ("fail", "\u03bb" + "x" * 28)):
                 one = await store.left("running")
                 await one.send(f"an outcome of {len(body)} bytes", name, body=body, codec=codec)
-                await one.send(f"a read of an outcome of {len(body)} bytes", "read")
-                await one.by().send(f"a claim on an outcome of {len(body)} bytes", "claim")
+                await one.send("another outcome", "complete", body=b"1", codec="other")
+                await one.send("a read after two outcomes", "read")
+                await one.by().send("a claim after two outcomes", "claim")
 
     @driven
     async def test_durations_are_seconds_from_the_command_on(self, store: Store) -> None:
@@ -459,9 +433,7 @@ class BackendContract:
                 promised(store.now() < begun + 5, f"a record is {state} when its time is over")
                 store.pass_time(self.short / 25)
             took = store.now() - begun
-            promised(
-                took >= self.short, f"a record is not {state} before its time is over", f"{took} s, not {self.short}"
-            )
+            promised(took >= self.short, f"a record is not {state} before its time is over", f"but after {took} s")
 
     @driven
     async def test_a_wait_misses_no_end_of_the_run(self, store: Store) -> None:
@@ -475,8 +447,10 @@ class BackendContract:
                 promised(time.monotonic() - begun < 4, says)
 
     async def _end(self, one: History, delay: float, name: str, changes: dict[str, Any]) -> None:
-        if delay:
-            await one.store.pause(delay)
+        if one.store.is_async:
+            await asyncio.sleep(delay)
+        else:
+            time.sleep(delay)
         await one.send(name, name, **changes)
 
     @driven
@@ -487,9 +461,7 @@ class BackendContract:
         ):
             one, begun = await store.left(state), time.monotonic()
             await store.view.changed(one.rid, token=one.token + more, timeout=timeout)
-            says = (
-                f"changed() with a timeout of {timeout} s returns in time for a token {more} off, where it is {state}"
-            )
+            says = f"changed() returns within its {timeout} s for a token {more} off, where the record is {state}"
             promised(time.monotonic() - begun < longest, says)
             await one.send("a read after a wait", "read")
 
@@ -503,9 +475,7 @@ class BackendContract:
         gone = ("absent", "dropped", "expired", "released", "forgotten", "replaced")
         there = sorted((key, shown.get(state, state)) for state, key in cases if state not in gone)
         seen = [(each.key, each.state) for each in await self._scan(store, namespace=store.namespace)]
-        promised(
-            sorted(seen) == there, "a scan of a namespace shows all its calls, once, and nothing else", seen, there
-        )
+        promised(sorted(seen) == there, "a scan of a namespace shows its calls, each once, no others", seen, there)
         names: Any = ("running", "completed", "failed", "unknown")
         for name in names:
             seen = [(each.key, each.state) for each in await self._scan(store, namespace=store.namespace, state=name)]
@@ -591,34 +561,29 @@ class BackendContract:
             await self._history(store, random.Random(seed))
 
     async def _history(self, store: Store, dice: random.Random) -> None:
-        attempts = [History(store, store.rid())]
-        attempts += [attempts[0].by(), attempts[0].by()]
-        short = self.short
+        first = History(store, store.rid())
+        attempts, told, short = [first, first.by(), first.by()], first.told, self.short
         for _ in range(40):
-            row = attempts[0].told.late
+            row, before = told.late, told.soon
             owners = [each for each in attempts if row is not None and each.attempt == row.attempt]
             one = dice.choice(owners * 6 + attempts)
             name = dice.choices([*COMMANDS], [12, 4, 2, 1, 4, 2, 2])[0]
-            options: dict[str, list[Any]] = {
+            choices: dict[str, dict[str, list[Any]]] = {
                 "claim": {
                     "fingerprint": [ARGUMENTS, ARGUMENTS, OTHERS, b""],
                     "lease": [LONG, LONG, short],
                     "keep": [None, LONG],
                     "takeover": [False, False, True],
                     "over": [None, None, one.token, row.token if row else 1],
-                    "owner": [b"", b"7@host"],
+                    "owner": [b"", OWNER],
                 },
                 "renew": {"lease": [LONG, 2 * LONG, short]},
                 "complete": {"body": BODIES, "ttl": [LONG, LONG, short]},
                 "fail": {"body": BODIES, "ttl": [LONG, short]},
                 "release": {"token": [one.token, one.token, None], "unknown": [False, True]},
                 "forget": {"force": [False, True]},
-            }.get(name, {})
-            await one.send(name, name, **{key: dice.choice(values) for key, values in options.items()})
-            after = one.told.soon
-            if (
-                after is not None
-                and after is not row
-                and micros(short) in (after.lease, (after.expires or 0) - after.since)
-            ):
+            }
+            options = {key: dice.choice(values) for key, values in choices.get(name, {}).items()}
+            await one.send(name, name, **options)
+            if told.soon is not before and short in (options.get("lease"), options.get("ttl")):
                 store.lapse()
