@@ -15,7 +15,7 @@ from third_party import FileBackend
 from idempotent import Backend, BackendError, LocalBackend, RedisBackend, open_backend
 from idempotent._record import Answer, Busy, Granted, RecordId, State, Unknown
 from idempotent._signals import Signals
-from idempotent.testing import BackendContract
+from idempotent.testing import BackendContract, FaultyBackend
 from idempotent.testing.contract import Store
 
 
@@ -72,6 +72,15 @@ class TestClockThatStands(BackendContract):
 
     def pass_time(self, backend: Any, seconds: float) -> None:
         backend._store.clock.now += round(seconds * 1e6)
+
+
+class TestFaultless(TestClockThatStands):
+    @pytest.fixture
+    def backend(self) -> Backend:
+        return FaultyBackend(LocalBackend(clock=Clock()))
+
+    def pass_time(self, backend: Any, seconds: float) -> None:
+        super().pass_time(backend.inner, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------- plants

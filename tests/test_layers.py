@@ -32,6 +32,8 @@ LAYERS = [
     ["_demo"],
     ["__init__"],
     ["__main__"],
+    ["testing.contract", "testing.faults"],
+    ["testing"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
