@@ -32,7 +32,7 @@ LAYERS = [
     ["_demo"],
     ["__init__"],
     ["__main__"],
-    ["testing.contract", "testing.faults"],
+    ["testing.contract", "testing.explorer", "testing.faults"],
     ["testing"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from idempotent.testing.contract import BackendContract as BackendContract
+    from idempotent.testing.explorer import Exploration as Exploration
+    from idempotent.testing.explorer import explore as explore
     from idempotent.testing.faults import FaultyBackend as FaultyBackend
     from idempotent.testing.faults import Hang as Hang
 
-_HOME_OF = {"BackendContract": "contract", "FaultyBackend": "faults", "Hang": "faults"}
+_HOME_OF = {
+    "BackendContract": "contract",
+    "Exploration": "explorer",
+    "explore": "explorer",
+    "FaultyBackend": "faults",
+    "Hang": "faults",
+}
 
 if not TYPE_CHECKING:
     __all__ = sorted(_HOME_OF)  # noqa: PLE0605
