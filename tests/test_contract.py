@@ -20,12 +20,16 @@ from idempotent.testing.contract import Store
 
 
 class TestOurs(BackendContract):
+    short = 0.25  # the tests' machine is busy
+
     @pytest.fixture
     def backend(self, backend_url: str) -> Backend:
         return open_backend(backend_url)
 
 
 class TestThirdParty(BackendContract):
+    short = 0.25  # the tests' machine is busy
+
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:
         return FileBackend(tmp_path)
@@ -33,6 +37,7 @@ class TestThirdParty(BackendContract):
 
 class TestSyncAlone(BackendContract):
     colours = ("sync",)
+    short = 0.25
 
     @pytest.fixture
     def backend(self, redis_server: Server | Address) -> Iterator[Backend]:
