@@ -396,6 +396,35 @@ def test_ended_connections_between_calls_and_during_one_are_made_again(
     assert ended >= 3
 
 
+@on_postgres
+def test_a_socket_that_psycopg_finds_closed_before_libpq_does_is_no_refusal(
+    backend_url: str,
+    colour: Colour,
+    effects: Counter,
+    opened: Callable[..., SQLBackend],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cursor_class = psycopg.AsyncCursor if colour.is_async else psycopg.Cursor
+    execute = cursor_class.execute
+    cut: list[Any] = []
+
+    def cutting(cursor: Any, statement: Any, *args: Any, **options: Any) -> Any:
+        if armed and "INSERT" in str(statement):
+            armed.clear()
+            cursor.connection.pgconn.send_query(b"SELECT 1")  # whose reply nobody reads
+            cut.append(cursor.connection)
+            raise psycopg.OperationalError("connection socket closed")
+        return execute(cursor, statement, *args, **options)
+
+    armed = [True]
+    monkeypatch.setattr(cursor_class, "execute", cutting)
+    work = colour.define(effects.hit, backend=opened(backend_url), key="k")
+    assert colour.call(work.outcome).stored
+    assert cut and not armed
+    assert cut[0].closed  # not back in the pool, with another command's reply to come
+    assert colour.call(work) == effects.count == 1
+
+
 @on_each_database
 def test_a_row_that_is_no_record_is_refused_and_left_alone(
     backend_url: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]

@@ -146,7 +146,15 @@ def _guarded(
         raise TimeoutError("the deadline passed before a connection was free")
     if connection.dialect.name != "sqlite":
         with _watchdog.watching(_descriptor(connection.connection.driver_connection), deadline):
-            return work(connection)
+            try:
+                return work(connection)
+            except exc.OperationalError as error:
+                if connection.dialect.driver == "psycopg" and getattr(error.orig, "sqlstate", None) is None:
+                    # The server said nothing: psycopg may find the socket closed before libpq knows that the connection
+                    # is broken, and a rollback on it would hide why.
+                    connection.invalidate()
+                    error.connection_invalidated = True
+                raise
     if busy_timeout is not None and abs(left - connection.info.get("busy", busy_timeout)) > busy_timeout / 20:
         connection.exec_driver_sql(f"PRAGMA busy_timeout={max(1, round(left * 1000))}").close()
         connection.info["busy"] = left
