@@ -13,7 +13,7 @@ import socket
 from random import random
 from typing import Self
 
-from idempotent._record import ATTEMPT_BYTES, OWNER_BYTES, Answer, Busy, Claim, Granted, Record, RecordId
+from idempotent._record import OWNER_BYTES, Answer, Busy, Claim, Granted, Record, RecordId
 from idempotent._rooms import Driver, Held, Place, Plan, Room, lock_lost, not_held
 from idempotent._run import MARGIN
 from idempotent.errors import BackendError, BackendUnavailable, NotHeld
@@ -111,7 +111,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
             held.begun = now
             held.valid_until = now + plan.lease * (1 - MARGIN)
             if driver.now() >= held.valid_until and not await _still_ours(driver, held):
-                held.fence, held.attempt = None, os.urandom(ATTEMPT_BYTES)
+                held.fence, held.attempt = None, held.new_attempt()
                 held.claiming = False
                 if until is not None and driver.now() >= until:
                     return False

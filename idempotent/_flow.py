@@ -6,14 +6,12 @@ function runs: the wrapper awaits `begin`, calls the function in its own frame, 
 """
 
 import inspect
-import os
 import warnings
 from collections.abc import Awaitable, Callable
 from random import random
 from typing import Any
 
 from idempotent._record import (
-    ATTEMPT_BYTES,
     Answer,
     Claim,
     Granted,
@@ -198,7 +196,7 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
             run.token = reply.token
             run.valid_until = sent + plan.lease * (1 - MARGIN)
             if driver.now() >= run.valid_until and not await _still_ours(driver, run):
-                run.token, run.attempt = None, os.urandom(ATTEMPT_BYTES)
+                run.token, run.attempt = None, run.new_attempt()
                 continue
             run.claiming = False
             run.report("taken_over" if reply.took_over else "claimed")
@@ -279,7 +277,7 @@ async def _probe(driver: Driver, run: Run, found: Unknown) -> tuple[int | None, 
 async def _settle_dead(run: Run, over: int, codec: str, body: bytes, *, failed: bool, ttl: float) -> Settled | None:
     """Record what a dead run did, in its stead. None: another settled it first."""
     backend = run.plan.backend
-    attempt = os.urandom(ATTEMPT_BYTES)
+    attempt = run.new_attempt()
     reply = await backend.claim(
         run.rid,
         attempt=attempt,

@@ -175,7 +175,7 @@ class Held:
         self.plan = plan
         self.rid = rid
         self.asker = asker
-        self.attempt = os.urandom(ATTEMPT_BYTES)
+        self.attempt = self.new_attempt()
         self.fence: int | None = None
         """The token; None until the claim is confirmed."""
         self.claiming = False
@@ -199,6 +199,10 @@ class Held:
         """Does what `on_lost` says, without delay and without blocking."""
         self.watch = None if plan.on_lost == "raise" else Watch(self)
         self.forks = forks()
+
+    def new_attempt(self) -> bytes:
+        """An id that no other attempt has."""
+        return os.urandom(ATTEMPT_BYTES)
 
     @property
     def inherited(self) -> bool:

@@ -135,7 +135,7 @@ class Run:
         self.rid = rid
         self.fingerprint = fingerprint
         self.arguments = arguments
-        self.attempt = os.urandom(ATTEMPT_BYTES)
+        self.attempt = self.new_attempt()
         self.token: int | None = None
         """The fencing token; None until the claim is confirmed."""
         self.claiming = False
@@ -154,6 +154,10 @@ class Run:
         self.raised = False
         """The function itself has raised."""
         self.forks = _forks
+
+    def new_attempt(self) -> bytes:
+        """An id that no other attempt has."""
+        return os.urandom(ATTEMPT_BYTES)
 
     @property
     def inherited(self) -> bool:
