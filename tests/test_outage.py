@@ -187,7 +187,7 @@ def test_a_failed_release_is_a_note_on_the_functions_own_error(
     def charge() -> None:
         raise error
 
-    charge = colour.define(charge, backend=faulty, lease=0.2)
+    charge = colour.define(charge, backend=faulty, lease=1)
     faulty.plant("release", "before", times=10_000)
     error.__notes__ = []
     with pytest.raises(type(error), match="own") as caught:
@@ -443,7 +443,7 @@ def test_a_release_that_breaks_does_not_mask_the_functions_own_error(faulty: Fau
     def charge() -> None:
         raise KeyError("own")
 
-    charge = colour.define(charge, backend=faulty, lease=0.2)
+    charge = colour.define(charge, backend=faulty, lease=1)
     faulty.plant("release", "before", times=10_000, error=RuntimeError("raw"))
     with pytest.raises(KeyError, match="own"):
         colour.call(charge)
