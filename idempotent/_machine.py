@@ -53,7 +53,7 @@ and says DONE again, and its claim cannot be applied once more; a forget, which 
 likewise and says again what it found. To everybody else it is an absent record.
 
 A release whose token is None takes back a claim that was never confirmed: it knows itself by its attempt alone and
-leaves a tombstone even where it finds nothing, so that the claim cannot be applied after it. A record has one
+leaves a tombstone even where it finds nothing, so that the claim cannot be applied after it: DONE. A record has one
 tombstone, of the last claim withdrawn: should an earlier one arrive after it, its lease runs out like a dead runner's.
 """
 
@@ -152,11 +152,10 @@ def on_release(
     """The answer to a release, and the row to store (None: leave it)."""
     answer = _owner(row, attempt, token, now)
     if row is None or answer is not Answer.DONE:
-        if row is not None and row.state is State.WITHDRAWN and row.attempt == attempt and now < (row.expires or 0):
-            return Answer.DONE if token == row.token else answer, None
+        known = row is not None and row.state is State.WITHDRAWN and row.attempt == attempt and now < (row.expires or 0)
         if answer is Answer.GONE and token is None:
-            return answer, _withdrawn(row, attempt, now)
-        return answer, None
+            return Answer.DONE, None if known else _withdrawn(row, attempt, now)
+        return Answer.DONE if known and row is not None and token == row.token else answer, None
     if row.state in (State.COMPLETED, State.FAILED):
         return Answer.STALE, None
     if unknown:

@@ -234,7 +234,7 @@ class ReleaseWakesNobody(Planted):
 class WithdrawnClaimIsAppliedLate(Planted):
     async def release(self, rid, **brings):
         answer = await super().release(rid, **brings)
-        if brings["token"] is None and answer is Answer.GONE:
+        if brings["token"] is None and answer is Answer.DONE:
             self.drop(rid)
         return answer
 

@@ -408,7 +408,7 @@ def test_an_unconfirmed_claim_that_was_applied_is_taken_back_by_its_attempt_alon
 
 def test_an_unconfirmed_claim_that_was_not_applied_leaves_a_tombstone() -> None:
     answer, row = on_release(None, A, None, SOON)
-    assert answer is Answer.GONE
+    assert answer is Answer.DONE
     assert row == Row(State.WITHDRAWN, 0, A, b"", SOON, expires=SOON + TOMBSTONE)
 
 
@@ -417,8 +417,14 @@ def test_a_tombstone_in_the_place_of_an_expired_record_remembers_its_token(found
     assert found.expires is not None
     now = found.expires
     answer, row = on_release(found, B, None, now)
-    assert answer is Answer.GONE
+    assert answer is Answer.DONE
     assert row == tombstone(B, now)
+
+
+@pytest.mark.parametrize("found", [None, RUNNING, KEPT, UNKNOWN, tombstone(B, SINCE)], ids=str)
+def test_a_withdrawal_that_is_sent_twice_answers_the_same_and_changes_nothing(found: Row | None) -> None:
+    first, row = on_release(found, A, None, SOON)
+    assert on_release(row, A, None, SOON + 1) == (first, None) == (Answer.DONE, None)
 
 
 @pytest.mark.parametrize("found", [COMPLETED, FAILED], ids=by_state)
@@ -704,11 +710,12 @@ class History(RuleBasedStateMachine):
         before = self.row
         answer, stored = on_release(before, attempt, None, self.now, unknown=unknown)
         if not owns:
-            assert answer in (Answer.STALE, Answer.GONE)
+            assert answer in (Answer.STALE, Answer.DONE)
             assert stored is None or (isinstance(stored, Row) and stored.state is State.WITHDRAWN)
             if answer is Answer.STALE:
                 assert stored is None
         self.store(stored)
+        assert on_release(self.row, attempt, None, self.now, unknown=unknown) == (answer, None)
 
     @precondition(lambda self: self.row is not None)
     @rule()

@@ -11,16 +11,15 @@ end
 local now = clock()
 local tombstone = now + tonumber(ARGV[4])
 if gone(row, now) then
-  if row and row.state == 'W' and not expired(row, now) and row.attempt == attempt then
-    if token == row.token then return DONE end
-    return without(row, now, token)
-  end
-  if not token then
+  local known = row and row.state == 'W' and not expired(row, now) and row.attempt == attempt
+  if known and token == row.token then return DONE end
+  if token then return without(row, now, token) end
+  if not known then
     local previous, fingerprint = 0, ''
     if row then previous, fingerprint = row.token, row.fingerprint end
     store(key, now, 'W', previous, now, attempt, fingerprint, 0, 0, tombstone, '')
   end
-  return without(row, now, token)
+  return DONE
 end
 if row.attempt ~= attempt or (token and token ~= row.token) or row.state == 'C' or row.state == 'F' then return STALE end
 if ARGV[3] == '0' then
