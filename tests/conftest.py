@@ -13,7 +13,6 @@ from servers import Address, Server, shared, start_mariadb, start_postgres, star
 
 from idempotent import _config
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

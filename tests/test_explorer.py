@@ -8,9 +8,11 @@ import pytest
 
 from idempotent import _flow as flow
 from idempotent import _machine as machine
-from idempotent._record import Answer, Busy, Granted, Row, State
+from idempotent._record import Answer, Busy, Granted, RecordId, Row, State
+from idempotent.errors import BackendUnavailable
 from idempotent.testing import explore
-from idempotent.testing.explorer import Caller, _call
+from idempotent.testing._world import Applied, Step, hand_over
+from idempotent.testing.explorer import Caller, Model, call, hold
 
 
 def planted(**functions: Callable[..., Any]) -> Any:
@@ -27,7 +29,7 @@ async def renewing(caller: Caller) -> Any:
         await flow.renew(caller.driver, caller.run)
         return await caller.effect()
 
-    return await _call(caller, body)
+    return await call(caller, body)
 
 
 async def failing_once(caller: Caller) -> Any:
@@ -39,18 +41,56 @@ async def failing_once(caller: Caller) -> Any:
             raise KeyError(value)
         return value
 
-    return await _call(caller, body)
+    return await call(caller, body)
+
+
+async def failing_for_good(caller: Caller) -> Any:
+    """A call whose function raises, and whose error is recorded."""
+
+    async def body() -> Any:
+        raise KeyError(await caller.effect())
+
+    return await call(caller, body, error_ttl={KeyError: 60})
+
+
+async def not_waiting(caller: Caller) -> Any:
+    return await call(caller, wait=0)
+
+
+async def waiting_a_while(caller: Caller) -> Any:
+    return await call(caller, wait=10)
+
+
+async def not_guessing(caller: Caller) -> Any:
+    return await call(caller, on_crash="raise")
+
+
+async def of_two_minds(caller: Caller) -> Any:
+    """The first caller has other arguments than the rest."""
+    return await call(caller, fingerprint=b"ab"[caller.number > 0 :][:1] * 16)
+
+
+async def renewed_hold(caller: Caller) -> Any:
+    return await hold(caller, renewals=1)
+
+
+async def hold_or_leave(caller: Caller) -> Any:
+    return await hold(caller, wait=10)
+
+
+CALLS = [call, renewing, failing_once, failing_for_good, not_waiting, waiting_a_while, not_guessing, of_two_minds]
+HOLDS = [hold, renewed_hold, hold_or_leave]
 
 
 # ---------------------------------------------------------------------------------------------------- what ships
 
 
+@pytest.mark.parametrize("scenario", CALLS + HOLDS, ids=lambda scenario: scenario.__name__)
 @pytest.mark.parametrize(
     ("callers", "crashes", "expiries", "lost_replies"),
-    [(2, 0, 0, 0), (3, 0, 0, 0), (2, 2, 0, 0), (2, 1, 1, 1), (3, 0, 1, 0)],
+    [(1, 1, 1, 2), (2, 0, 0, 0), (3, 0, 0, 0), (2, 2, 2, 1), (2, 1, 1, 2), (3, 1, 1, 0)],
 )
-@pytest.mark.parametrize("scenario", [None, renewing], ids=["plain", "renewing"])
-def test_every_history_of_the_protocol_keeps_its_promises(
+def test_every_history_of_what_ships_keeps_its_promises(
     scenario: Any, callers: int, crashes: int, expiries: int, lost_replies: int
 ) -> None:
     found = explore(
@@ -58,13 +98,21 @@ def test_every_history_of_the_protocol_keeps_its_promises(
     )
     assert found, str(found)
     assert found.complete
-    assert found.histories > 2
+    assert found.histories >= found.states / 10 > 0
 
 
-def test_after_an_error_another_caller_runs() -> None:
-    found = explore(failing_once, callers=3, crashes=1, expiries=0, lost_replies=0)
+def test_three_callers_two_crashes_two_expiries_and_a_lost_reply() -> None:
+    found = explore(callers=3, crashes=2, expiries=2, lost_replies=1, seconds=100)
     assert found, str(found)
     assert found.complete
+    assert found.histories > 1_000_000
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("scenario", CALLS + HOLDS, ids=lambda scenario: scenario.__name__)
+def test_three_callers_and_every_fault(scenario: Any) -> None:
+    found = explore(scenario, callers=3, crashes=2, expiries=2, lost_replies=1, seconds=100)
+    assert found, str(found)
 
 
 def test_random_schedules_are_the_same_for_the_same_seed() -> None:
@@ -74,12 +122,10 @@ def test_random_schedules_are_the_same_for_the_same_seed() -> None:
     assert three
     assert one.histories == two.histories == 200
     assert not one.complete
-
-
-@pytest.mark.soak
-def test_three_callers_two_crashes_two_expiries_and_a_lost_reply() -> None:
-    found = explore(callers=3, crashes=2, expiries=2, lost_replies=1, seconds=1200)
-    assert found, str(found)
+    found = [explore(get_then_set, seed=seed, histories=200, callers=4) for seed in (1, 1)]
+    assert not found[0]
+    assert found[0].histories == found[1].histories
+    assert str(found[0].violation) == str(found[1].violation)
 
 
 # -------------------------------------------------------------------------------------------------- planted bugs
@@ -158,25 +204,149 @@ def claim_loses_the_token(row: Row | None, ask: machine.Ask, now: int) -> Any:
     return reply, after
 
 
+def settle_drops_the_fingerprint(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> Any:
+    answer, after = machine.on_settle(row, attempt, token, settled, now)
+    return answer, None if after is None else after._replace(fingerprint=b"")
+
+
+def release_of_what_is_recorded(
+    row: Row | None, attempt: bytes, token: int | None, now: int, *, unknown: bool = False
+) -> Any:
+    if row is not None and row.state is State.FAILED and row.attempt == attempt:
+        row = row._replace(state=State.RUNNING)
+    return machine.on_release(row, attempt, token, now, unknown=unknown)
+
+
+async def error_released_after_it_was_recorded(caller: Caller) -> Any:
+    try:
+        return await failing_for_good(caller)
+    finally:
+        run = caller.run
+        if run is not None and run.token is not None:
+            try:
+                await caller.model.release(run.rid, attempt=run.attempt, token=run.token)
+            except BackendUnavailable:
+                pass
+
+
+class Impatient(Model):
+    """A waiter that deletes the owner's record when it has waited long enough."""
+
+    async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
+        await super().changed(rid, token=token, timeout=timeout / 2)
+        found = await self.read(rid)
+        if found is not None and found.state == "running":
+            await self.forget(rid, force=True)
+
+
+class Deaf(Model):
+    """A wait that nothing ends."""
+
+    async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
+        await hand_over(Step("wait", lambda facts, rules: Applied(None, facts), ready=lambda facts: False))
+
+
 PLANTS: dict[str, tuple[Any, Any]] = {
     "get, run, set": (get_then_set, machine),
     "a lock by SET NX, then set": (lock_then_set, machine),
-    "takeover before the lease's end": (None, planted(on_claim=claim_takes_over_early)),
-    "a claim that does not know its own attempt": (None, planted(on_claim=claim_forgets_its_attempt)),
-    "a takeover under the old token": (None, planted(on_claim=claim_loses_the_token)),
-    "complete without token": (None, planted(on_settle=complete_without_token)),
-    "complete that refuses its own repeat": (None, planted(on_settle=complete_refuses_its_repeat)),
+    "takeover before the lease's end": (call, planted(on_claim=claim_takes_over_early)),
+    "a claim that does not know its own attempt": (call, planted(on_claim=claim_forgets_its_attempt)),
+    "a takeover under the old token": (call, planted(on_claim=claim_loses_the_token)),
+    "complete without token": (call, planted(on_settle=complete_without_token)),
+    "complete that refuses its own repeat": (call, planted(on_settle=complete_refuses_its_repeat)),
     "release without token": (failing_once, planted(on_release=release_without_token)),
     "a token that a release resets": (failing_once, planted(on_release=release_resets_the_token)),
     "renew without token": (renewing, planted(on_renew=renew_without_token)),
+    "a waiter that deletes the owner's record": (call, Impatient),
+    "a wait that hears of no end": (call, Deaf),
+    "a fingerprint that completion drops": (of_two_minds, planted(on_settle=settle_drops_the_fingerprint)),
+    "an error released after it was recorded": (
+        error_released_after_it_was_recorded,
+        planted(on_release=release_of_what_is_recorded),
+    ),
+    "a lock taken over before the lease's end": (hold, planted(on_claim=claim_takes_over_early)),
+    "a lock released without token": (hold, planted(on_release=release_without_token)),
+    "a lock's token that a release resets": (hold, planted(on_release=release_resets_the_token)),
+    "a lock's claim that does not know its own attempt": (hold, planted(on_claim=claim_forgets_its_attempt)),
+    "a lock renewed without token": (renewed_hold, planted(on_renew=renew_without_token)),
 }
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_bug_is_convicted(plant: str) -> None:
-    scenario, rules = PLANTS[plant]
-    found = explore(scenario, rules=rules, callers=2, crashes=1, expiries=1, lost_replies=1, seconds=60)
+    scenario, bug = PLANTS[plant]
+    how = {"model": bug} if isinstance(bug, type) else {"rules": bug}
+    found = explore(scenario, **how, callers=3, crashes=1, expiries=1, lost_replies=1, seconds=60)
     assert not found, f"{plant} was not convicted: {found}"
+    assert found.violation is not None
+    assert len(found.violation.lines) <= 20
+
+
+# ---------------------------------------------------------------------------------------------------- its limits
+
+
+async def spinning(caller: Caller) -> Any:
+    """Asks for a lock again and again, which no other caller that goes on can keep it from."""
+    while not await caller.add("lock", caller.number):
+        pass
+    value = await caller.get("result")
+    if value is None:
+        value = await caller.effect()
+        await caller.set("result", value)
+    await caller.delete("lock")
+    return value
+
+
+def test_who_asks_again_and_again_while_another_could_go_on_breaks_no_promise() -> None:
+    found = explore(spinning, callers=2, crashes=0, expiries=0, lost_replies=0, seconds=3)
+    assert found, str(found)
+    assert not found.complete
+
+
+def test_who_asks_for_ever_after_a_crash_is_told() -> None:
+    found = explore(spinning, callers=2, crashes=1, expiries=0, lost_replies=0, seconds=60, seed=1)
+    assert found.violation is not None
+    assert found.violation.promise.startswith("7.")
+
+
+def test_a_scenario_that_is_not_the_same_when_it_is_played_again_is_told_so() -> None:
+    turns = iter(range(1000))
+
+    async def moody(caller: Caller) -> Any:
+        await (caller.get("a") if next(turns) % 2 else caller.get("b"))
+        return await caller.effect()
+
+    with pytest.raises(RuntimeError, match="only through its caller"):
+        explore(moody, callers=2)
+
+
+@pytest.mark.parametrize("wrong", [{"callers": 0}, {"callers": 10}, {"crashes": -1}, {"lost_replies": -1}])
+def test_budgets_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="budgets"):
+        explore(**wrong)
+
+
+def test_a_scenario_may_clean_up_after_itself() -> None:
+    async def tidy(caller: Caller) -> Any:
+        try:
+            return await call(caller)
+        finally:
+            await caller.set("done", caller.number)
+
+    found = explore(tidy, callers=2)
+    assert found, str(found)
+
+
+def test_a_long_exploration_tells_how_far_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    assert explore(callers=3, crashes=2, expiries=2, lost_replies=1, seconds=1.5, progress=True)
+    assert "histories" in capfd.readouterr().err
+    assert explore(callers=2)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_shorter_counterexample_with_fewer_callers_and_faults_is_shown() -> None:
+    found = explore(get_then_set, callers=4, crashes=2, expiries=2, lost_replies=2)
+    assert str(found.violation) == str(explore(get_then_set, callers=2, crashes=0, lost_replies=0).violation)
 
 
 # ------------------------------------------------------------------------------------------------- what it shows

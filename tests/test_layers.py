@@ -32,6 +32,8 @@ LAYERS = [
     ["_demo"],
     ["__init__"],
     ["__main__"],
+    ["testing._world"],
+    ["testing._callers"],
     ["testing.contract", "testing.explorer", "testing.faults"],
     ["testing"],
 ]

@@ -1,272 +1,50 @@
 """Every interleaving of duplicate calls, with crashes, lease ends and lost replies: the third driver of the shipped flows.
 
-An exploration runs the calls as coroutines in virtual time, over a store in memory that changes as `idempotent._machine`
-says. Wherever a call waits for the store, or is about to take effect, the explorer decides what happens next: who goes
-on, whose reply is lost, who dies, whose lease ends. It does so in every possible way (stateless search, after Godefroid,
-"Model checking for programming languages using VeriSoft", 1997) up to the budgets, leaving out what leads to a state that
-it has seen, and judges each history by the invariants below. Nothing here is a model of the flows: they are those that
-ship.
+An exploration runs the calls in virtual time, over a store in memory that changes as `idempotent._machine` says. Wherever
+a call waits for the store, or is about to take effect, the explorer decides what happens next: who goes on, whose reply is
+lost, who dies, whose lease ends. It goes every way there is, breadth first, up to the budgets; where two ways lead to the
+same state it goes on from there once (explicit-state model checking, as in Clarke, Grumberg, Peled, "Model Checking",
+1999). Nothing here is a model of the flows: they are those that ship.
 
 Invariants: 1. the outcome of a record never changes; 2. callers that succeed agree; 3. tokens grow with each claim that is
-granted; 4. what is returned is what is stored; 5. runs <= 1 + lease ends + releases; 6. without faults the effect happens
-exactly once; 7. every caller that lives comes to an end; 8. who records holds the newest token; 9. a caller that has
-finished leaves no running record of its own; 10. a lease is reported lost only if another has taken over; 11. a command
-applied twice changes nothing and answers the same.
+granted; 4. what is returned is what is stored; 5. runs <= 1 + lease ends + releases, and where a crash is not to be
+guessed at, <= 1 + releases; 6. without faults the effect happens exactly once, and nobody is told of trouble; 7. every
+caller that lives comes to an end; 8. who records holds the newest token; 9. a caller that has finished leaves no running
+record of its own; 10. a lease is reported lost only if it ran out or another has taken over; 11. a command applied twice
+changes nothing and answers the same; 12. nobody enters a lock while another surely holds it; 13. no call is answered from
+the outcome of other arguments.
 """
 
 import itertools
 import random
+import sys
 import time
-import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from idempotent import _flow as flow
 from idempotent import _machine as machine
-from idempotent._record import Answer, Claim, Granted, Record, RecordId, Row, State, StateName, describe
-from idempotent._run import Driver, Flights, Plan, Run, Running
-from idempotent.backends.base import Backend, micros
-from idempotent.errors import BackendUnavailable, LeaseLost
-from idempotent.serializers import codec_for
+from idempotent._record import Answer, Granted, State
+from idempotent.errors import LeaseLost, NotHeld
+from idempotent.testing._callers import Caller, End, Local, Move, Scenario, Troupe, call, hold, unavailable
+from idempotent.testing._world import SETTLED, START, Facts, Model, Step, World, Worlds
 
-__all__ = ["Caller", "Exploration", "Model", "Violation", "explore"]
+__all__ = ["Caller", "Exploration", "Model", "Violation", "call", "explore", "hold"]
 
-START = 1_000_000
-"""Virtual microseconds at which each history begins."""
-LEASE = 30.0
-"""Seconds of virtual time."""
-_TRIES = 2000
-"""Histories that are looked through for a shorter counterexample, for each budget."""
 _STEPS = 400
 """What has not ended after so many steps never does."""
-
-
-class Step:
-    """What a caller is about to do, handed to the explorer."""
-
-    __slots__ = ("apply", "is_effect", "label", "ready")
-
-    def __init__(
-        self, label: str, apply: Callable[[], Any], *, ready: Callable[[], bool] | None = None, is_effect: bool = False
-    ) -> None:
-        self.label = label
-        self.apply = apply
-        self.ready = ready
-        """Whether it can go on by now; None: at any time, and it can be sent twice."""
-        self.is_effect = is_effect
-
-
-@types.coroutine
-def _hand_over(step: Step) -> Generator[Step, Any, Any]:
-    return (yield step)
-
-
-class Model(Backend):
-    """A store in memory and virtual time, each of whose commands waits for the explorer; it serves async flows alone.
-
-    Args:
-        rules: the functions of `idempotent._machine`, or others in their place: planted bugs.
-    """
-
-    name = "model"
-
-    def __init__(self, rules: Any = machine) -> None:
-        self.rules = rules
-        self.now = START
-        self.rows: dict[str, Row] = {}
-        self.values: dict[str, Any] = {}
-        """What scenarios without our protocol keep."""
-
-    def _put(self, rid: RecordId, row: Row | None) -> None:
-        if row is not None:
-            self.rows[rid.text] = row
-
-    async def claim(
-        self,
-        rid: RecordId,
-        *,
-        attempt: bytes,
-        fingerprint: bytes,
-        lease: float,
-        keep: float | None,
-        takeover: bool,
-        over: int | None = None,
-        owner: bytes = b"",
-    ) -> Claim:
-        kept = None if keep is None else micros(keep)
-        ask = machine.Ask(attempt, fingerprint, micros(lease), kept, takeover, over, owner)
-
-        def apply() -> Claim:
-            reply: Claim
-            reply, row = self.rules.on_claim(self.rows.get(rid.text), ask, self.now)
-            self._put(rid, row)
-            return reply
-
-        granted: Claim = await _hand_over(Step("claim", apply))
-        return granted
-
-    async def _owners(
-        self, label: str, rid: RecordId, decide: Callable[[Row | None], tuple[Any, Row | None]]
-    ) -> Answer:
-        answer: Answer = await self._command(label, rid, decide)
-        return answer
-
-    async def _command(self, label: str, rid: RecordId, decide: Callable[[Row | None], tuple[Any, Row | None]]) -> Any:
-        def apply() -> Any:
-            answer, row = decide(self.rows.get(rid.text))
-            self._put(rid, row)
-            return answer
-
-        return await _hand_over(Step(label, apply))
-
-    async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
-        return await self._owners(
-            "renew", rid, lambda row: self.rules.on_renew(row, attempt, token, micros(lease), self.now)
-        )
-
-    async def complete(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
-    ) -> Answer:
-        return await self._settle("complete", State.COMPLETED, rid, attempt, token, codec, body, ttl)
-
-    async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
-        return await self._settle("fail", State.FAILED, rid, attempt, token, codec, body, ttl)
-
-    async def _settle(
-        self, label: str, state: State, rid: RecordId, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
-    ) -> Answer:
-        def decide(row: Row | None) -> Any:
-            settled = Row(state, token, attempt, b"", self.now, 0, 0, self.now + micros(ttl), codec, body)
-            return self.rules.on_settle(row, attempt, token, settled, self.now)
-
-        return await self._owners(label, rid, decide)
-
-    async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
-        return await self._owners(
-            "release", rid, lambda row: self.rules.on_release(row, attempt, token, self.now, unknown=unknown)
-        )
-
-    async def read(self, rid: RecordId) -> Record | None:
-        row = await self._command("read", rid, lambda row: (row, None))
-        return None if row is None else describe(rid, row, self.now)
-
-    async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
-        found = await self._command(
-            "forget", rid, lambda row: self.rules.on_forget(row, b"forgets.", self.now, force=force)
-        )
-        return None if found is None else describe(rid, found, self.now)
-
-    async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
-        def ended() -> bool:
-            row = self.rows.get(rid.text)
-            return row is None or row.state is not State.RUNNING or row.token != token or row.lease_until <= self.now
-
-        await _hand_over(Step("wait", lambda: None, ready=ended))
-
-    async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
-        for text, row in list(self.rows.items()):
-            record = describe(RecordId.parse(text), row, self.now)
-            if record is not None and state in (None, record.state) and namespace in (None, record.namespace):
-                yield record
-
-    async def purge(self, limit: int = 1000) -> int:
-        return 0
-
-
-class _Virtual:
-    """The driver: time is the model's, sleeping takes none, and no lease is renewed unless the exploration says so."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    def now(self) -> float:
-        return self._model.now / 1e6
-
-    async def sleep(self, seconds: float) -> None:
-        await _hand_over(Step("sleep", lambda: None, ready=lambda: True))
-
-    def waiter(self) -> Any:
-        raise NotImplementedError("callers of an exploration are processes of their own")
-
-    def beat(self, run: Run) -> None:
-        pass
-
-    async def still(self, run: Run) -> None:
-        pass
-
-
-class Caller:
-    """One of the callers: a process of its own, as far as the store can tell."""
-
-    def __init__(self, number: int, model: Model, history: "_History") -> None:
-        self.number = number
-        self.name = f"caller {number + 1}"
-        self.model = model
-        self._history = history
-        self.driver: Driver = _Virtual(model)
-        self.coroutine: Coroutine[Step, Any, Any]
-        self.step: Step | None = None
-        """What it is about to do; None: it has finished or died."""
-        self.crashed = False
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.stored = True
-        self.run: Run | None = None
-        self.replies: list[Any] = []
-        """All it has seen of the world: a coroutine's state follows from it."""
-
-    async def effect(self) -> Any:
-        """Take effect on the world, once more each time: what must happen once. Returns a value of its own."""
-
-        def apply() -> int:
-            self._history.effects.append(self.number)
-            return len(self._history.effects)
-
-        return await _hand_over(Step("EFFECT", apply, is_effect=True))
-
-    async def get(self, key: str) -> Any:
-        """Read a value of a plain key-value store, for protocols that are not ours; None: there is none."""
-        return await _hand_over(Step(f"get {key}", lambda: self.model.values.get(key)))
-
-    async def set(self, key: str, value: Any) -> None:
-        """Write a value of a plain key-value store."""
-        await _hand_over(Step(f"set {key}", lambda: self.model.values.__setitem__(key, value)))
-
-    async def add(self, key: str, value: Any) -> bool:
-        """Write a value unless there is one (Redis's `SET NX`); whether there was none."""
-        return bool(await _hand_over(Step(f"add {key}", lambda: self.model.values.setdefault(key, value) is value)))
-
-    async def delete(self, key: str) -> None:
-        """Remove a value of a plain key-value store."""
-        await _hand_over(Step(f"delete {key}", lambda: self.model.values.pop(key, None)))
-
-
-Scenario = Callable[[Caller], Awaitable[Any]]
-"""What each caller does: its coroutine may await the caller's methods, and what it returns is the call's answer."""
-
-
-@dataclass
-class _History:
-    """What happened in one execution, for the judge and for the diagram."""
-
-    lines: list[tuple[str, str, str]] = field(default_factory=list)
-    """Who, what, and what came of it."""
-    effects: list[int] = field(default_factory=list)
-    granted: list[int] = field(default_factory=list)
-    releases: int = 0
-    expiries: int = 0
-    faults: int = 0
+_SHORTER = 20.0
+"""Seconds spent on looking for a counterexample with fewer callers and faults."""
+_TELL_EVERY = 0.5
+"""Seconds between two words about a long exploration."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A history that breaks a promise, as short as it could be made."""
+    """A history that breaks a promise; none with so few callers and faults is shorter."""
 
     promise: str
     """Which one, in words."""
-    choices: tuple[int, ...]
-    """The schedule, for `Exploration.replay`."""
     lines: tuple[tuple[str, str, str], ...]
     """Who did what, and what came of it."""
 
@@ -296,7 +74,7 @@ class Violation:
         for who, what, came in self.lines:
             if who == "time":
                 rows.append(f"    Note over S: {what}")
-            elif what.startswith(("EFFECT", "dies", "returns", "raises")):
+            elif what.startswith(("EFFECT", "dies", "leave", "returns", "raises")):
                 rows.append(f"    Note over {short[who]}: {what}")
             else:
                 rows.append(f"    {short[who]}->>S: {what}")
@@ -307,12 +85,12 @@ class Violation:
 
 @dataclass
 class Exploration:
-    """What an exploration found."""
+    """What an exploration found; true if no promise was broken."""
 
     histories: int
-    """Schedules that were run to an end."""
+    """Schedules that were followed to an end, or to a state from which everything had been followed before."""
     states: int
-    """Different states that were met."""
+    """Different states that were met; 0 for random schedules."""
     seconds: float
     complete: bool
     """Whether every schedule within the budgets was covered; False: time or the limit ran out."""
@@ -323,238 +101,185 @@ class Exploration:
         return self.violation is None
 
     def __str__(self) -> str:
-        extent = "all" if self.complete else "not all"
-        head = f"{self.histories:,} histories, {self.states:,} states, {extent} of them, in {self.seconds:.1f} s"
+        extent = "all of them" if self.complete else "not all"
+        head = f"{self.histories:,} histories, {self.states:,} states, {extent}, in {self.seconds:.1f} s"
         return head if self.violation is None else f"{head}\n\n{self.violation}"
 
 
-class _Execution:
-    """One history: the scenario's callers, driven by a list of choices and then by `otherwise`."""
+class _Limits(NamedTuple):
+    callers: int
+    crashes: int
+    expiries: int
+    lost_replies: int
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        rules: Any,
-        budgets: tuple[int, int, int, int],
-        otherwise: Callable[[int], int],
-    ) -> None:
-        callers, self._crashes, self._expiries, self._losses = budgets
-        self.model = Model(rules)
-        self.history = _History()
-        self.callers = [Caller(number, self.model, self.history) for number in range(callers)]
-        self._otherwise = otherwise
-        self.taken: list[int] = []
-        self.offered: list[int] = []
-        self.promise = ""
-        for caller in self.callers:
-            coroutine: Any = scenario(caller)
-            caller.coroutine = coroutine
-            self._resume(caller, None)
 
-    def play(self, choices: Iterable[int], seen: set[Any] | None = None) -> None:
-        """Run to the end, or to a state in `seen` beyond the given choices."""
-        given = list(choices)
-        while not self.promise:
-            options = self._options()
-            if not options:
-                break
-            at = len(self.taken)
-            if at >= _STEPS:
-                self._break("7. a caller goes on for ever")
-                break
-            if at >= len(given) and seen is not None and len(options) > 1:
-                state = self._state()
-                if state in seen:
-                    self.offered.append(1)
-                    self.taken.append(0)
-                    return
-                seen.add(state)
-            choice = given[at] if at < len(given) else self._otherwise(len(options))
-            choice = min(choice, len(options) - 1)
-            self.taken.append(choice)
-            self.offered.append(len(options))
-            option = options[choice]
-            option[0](*option[1:])
-        if not self.promise:
-            self._judge()
+State_ = tuple[tuple[Local, ...], World, int, int, int]
+"""Where each caller stands, the world, and what is left of the budgets: crashes, expiries, lost replies."""
 
-    def close(self) -> None:
-        """Throw the callers away that have not finished."""
-        for caller in self.callers:
-            if caller.step is not None or caller.crashed:
-                caller.coroutine.close()
 
-    # ------------------------------------------------------------------------------------------------- what may happen
+class _Choice(NamedTuple):
+    """One thing that may happen next."""
 
-    def _options(self) -> list[tuple[Any, ...]]:
-        options: list[tuple[Any, ...]] = []
-        waiting = False
-        for caller in self.callers:
-            step = caller.step
+    state: State_
+    promise: str
+    """What it breaks at once; "": nothing."""
+    what: str
+    who: int
+    move: Move | None
+    step: Step | None
+
+
+class _Space:
+    """All that may happen to a scenario's callers under some rules."""
+
+    def __init__(self, scenario: Scenario, rules: Any, model: Callable[[], Model]) -> None:
+        self._rules = rules
+        self._worlds = Worlds()
+        self._troupe = Troupe(scenario, model)
+        self.close = self._troupe.close
+
+    def start(self, limits: _Limits) -> State_:
+        """How every history begins."""
+        roots = tuple(self._troupe.root(number) for number in range(limits.callers))
+        return roots, self._worlds.of(Facts()), *limits[1:]
+
+    def choices(self, state: State_) -> Iterator[_Choice]:
+        """What may happen next; nothing: the history has ended."""
+        places, world, crashes, expiries, losses = state
+        nothing = True
+        waiting: list[Step] = []
+        dead = self._troupe.dead
+        for who, local in enumerate(places):
+            step = local.step
             if step is None:
                 continue
-            if step.ready is not None:
-                if step.ready():
-                    options.append((self._go_on, caller))
-                else:
-                    waiting = True
+            try:
+                move = local.go[world]
+            except KeyError:
+                move = self._go(local, step, world)
+            if move is None:
+                waiting.append(step)
                 continue
-            options.append((self._go_on, caller))
-            if self._losses and not step.is_effect:
-                options += [
-                    (self._lose, caller, "twice"),
-                    (self._lose, caller, "after"),
-                    (self._lose, caller, "before"),
-                ]
-            if self._crashes:
-                options += [(self._crash, caller, True), (self._crash, caller, False)]
-        leases = [row.lease_until for row in self.model.rows.values() if row.state is State.RUNNING]
-        if any(until > self.model.now for until in leases):
-            if self._expiries and options:
-                options.append((self._expire, False))
-            elif waiting and not options:
-                options.append((self._expire, True))
-        return options
+            nothing = False
+            before, behind = places[:who], places[who + 1 :]
+            yield _Choice(
+                ((*before, move.after, *behind), move.world, crashes, expiries, losses),
+                move.promise,
+                "goes on",
+                who,
+                move,
+                step,
+            )
+            if step.ready is not None:
+                continue
+            if losses and not step.is_effect:
+                try:
+                    lost = local.losses[world]
+                except KeyError:
+                    lost = self._lose(local, step, world)
+                for what, each in zip(_LOSSES, lost, strict=True):
+                    after = ((*before, each.after, *behind), each.world, crashes, expiries, losses - 1)
+                    yield _Choice(after, each.promise, what, who, each, step)
+            if crashes:
+                rest = (*before, dead, *behind)
+                yield _Choice((rest, world, crashes - 1, expiries, losses), "", "dies", who, None, None)
+                yield _Choice(
+                    (rest, move.world, crashes - 1, expiries, losses), move.promise, "does it and dies", who, move, step
+                )
+        if nothing and waiting:
+            later = self._later(world, waiting)
+            if later is not None:
+                yield _Choice((places, later, crashes, expiries, losses), "", "time", -1, None, None)
+        elif expiries and not nothing:
+            expired = self._expired(world)
+            if expired is not None:
+                yield _Choice((places, expired, crashes, expiries - 1, losses), "", "time", -1, None, None)
 
-    def _go_on(self, caller: Caller) -> None:
-        step = caller.step
-        assert step is not None
-        self._apply_and_resume(caller, step, "")
+    def _go(self, local: Local, step: Step, world: World) -> Move | None:
+        move = None
+        if step.ready is None or step.ready(world.facts):
+            reply, facts, promise = step.apply(world.facts, self._rules)
+            move = Move(self._troupe.after(local, reply, facts.now), self._worlds.of(facts), reply, promise)
+        local.go[world] = move
+        return move
 
-    def _apply_and_resume(self, caller: Caller, step: Step, note: str) -> None:
-        reply = self._apply(step)
-        if step.label not in ("sleep", "wait"):
-            self._tell(caller, step.label + note, reply)
-        self._resume(caller, reply)
-
-    def _apply(self, step: Step) -> Any:
-        before = dict(self.model.rows)
-        reply = step.apply()
-        for text, row in self.model.rows.items():
-            was = before.get(text)
-            settled = (State.COMPLETED, State.FAILED)
-            if was is not None and was.state in settled and (row.state, row.body) != (was.state, was.body):
-                self._break("1. a recorded outcome was changed")
-            if row.state in settled and (was is None or was.state not in settled):
-                if self.history.granted and row.token != self.history.granted[-1]:
-                    self._break("8. an outcome was recorded under a token that was not the newest")
-            if row.state is State.WITHDRAWN and was is not None and was.state is State.RUNNING:
-                self.history.releases += 1
-        if isinstance(reply, Granted) and reply.token not in self.history.granted:
-            if self.history.granted and reply.token < self.history.granted[-1]:
-                self._break("3. a token did not grow")
-            self.history.granted.append(reply.token)
-        return reply
-
-    def _lose(self, caller: Caller, what: str) -> None:
+    def _lose(self, local: Local, step: Step, world: World) -> tuple[Move, Move, Move]:
         """A fault of the connection: a command sent twice as its first reply was lost, or one that is given up."""
-        self._losses -= 1
-        self.history.faults += 1
-        step = caller.step
-        assert step is not None
-        if what == "twice":
-            first = self._apply(step)
-            rows = dict(self.model.rows)
-            reply = self._apply(step)
-            self._tell(caller, f"{step.label} (reply lost, sent again)", reply)
-            same = reply == first or (isinstance(first, Granted) and reply[:1] == first[:1])
-            if self.model.rows != rows or not same:
-                self._break("11. a command that was applied twice changed something, or answered otherwise")
-            self._resume(caller, reply)
-            return
-        if what == "after":
-            self._apply(step)
-            self._tell(caller, f"{step.label} (applied, reply lost)", "no answer")
-        else:
-            self._tell(caller, f"{step.label} (lost on its way)", "no answer")
-        self._resume(caller, None, BackendUnavailable("injected"))
-
-    def _crash(self, caller: Caller, before: bool) -> None:
-        self._crashes -= 1
-        self.history.faults += 1
-        step = caller.step
-        assert step is not None
-        if not before:
-            self._tell(caller, step.label, self._apply(step))
-        self._tell(caller, "dies", None)
-        caller.step, caller.crashed = None, True
-
-    def _expire(self, free: bool) -> None:
-        if not free:
-            self._expiries -= 1
-            self.history.faults += 1
-        self.history.expiries += 1
-        self.model.now = 1 + max(row.lease_until for row in self.model.rows.values() if row.state is State.RUNNING)
-        self.history.lines.append(("time", "the lease runs out", ""))
-
-    def _resume(self, caller: Caller, reply: Any, error: BaseException | None = None) -> None:
-        caller.replies.append(error if error is not None else reply)
-        try:
-            if error is not None:
-                caller.step = caller.coroutine.throw(error)
-            else:
-                caller.step = caller.coroutine.send(reply)
-        except StopIteration as stop:
-            caller.step, caller.value = None, stop.value
-            self._tell(caller, f"returns {stop.value!r}", None)
-        except Exception as failure:
-            caller.step, caller.error = None, failure
-            self._tell(caller, f"raises {type(failure).__name__}", None)
-
-    def _tell(self, caller: Caller, what: str, reply: Any) -> None:
-        came = "" if reply is None else _words(reply)
-        self.history.lines.append((caller.name, what, came))
-
-    def _break(self, promise: str) -> None:
-        self.promise = self.promise or promise
-
-    def _state(self) -> Any:
-        callers = tuple(
-            (caller.crashed, caller.step is None, tuple(map(_frozen, caller.replies))) for caller in self.callers
+        once = step.apply(world.facts, self._rules)
+        again = step.apply(once.facts, self._rules)
+        same = again.reply == once.reply
+        if isinstance(once.reply, Granted) and isinstance(again.reply, Granted):  # which took over is told once
+            same = again.reply.token == once.reply.token
+        promise = once.promise or again.promise
+        applied, twice = self._worlds.of(once.facts), self._worlds.of(again.facts)
+        if applied is not twice or not same:
+            promise = promise or "11. a command that was applied twice changed something, or answered otherwise"
+        now = world.facts.now
+        resumed = self._troupe.after(local, again.reply, now)
+        given_up = self._troupe.after(local, None, now, unavailable())
+        local.losses[world] = lost = (
+            Move(resumed, twice, again.reply, promise),
+            Move(given_up, applied, None, once.promise),
+            Move(given_up, world, None, ""),
         )
-        rows = tuple(sorted((text, _frozen(row)) for text, row in self.model.rows.items()))
-        values = tuple(sorted((key, repr(value)) for key, value in self.model.values.items()))
-        budgets = (self._crashes, self._expiries, self._losses)
-        return hash(
-            (callers, rows, values, budgets, self.model.now, tuple(self.history.effects), self.history.releases)
-        )
+        return lost
 
-    # --------------------------------------------------------------------------------------------------- the judgement
+    def _expired(self, world: World) -> World | None:
+        """The world when its running leases have ended; None: there are none."""
+        if world.expired is None:
+            facts = world.facts
+            ends = [row.lease_until for _, row in facts.rows if row.state is State.RUNNING]
+            if not any(end > facts.now for end in ends):
+                return None
+            world.expired = self._worlds.of(facts._replace(now=1 + max(ends), expiries=facts.expiries + 1))
+        return world.expired
 
-    def _judge(self) -> None:
-        history = self.history
-        living = [caller for caller in self.callers if not caller.crashed]
-        returned = [caller for caller in living if caller.step is None and caller.error is None]
-        if any(caller.step is not None for caller in living):
-            return self._break("7. a caller waits for ever")
-        # Whoever could not record its outcome says so: `stored` is False.
-        agreed = [caller.value for caller in returned if caller.stored]
-        if any(value != agreed[0] for value in agreed):
-            return self._break("2. callers that succeeded do not agree")
-        runs = len(history.effects)
-        if runs > 1 + history.expiries + history.releases:
-            return self._break("5. the effect happened again although no lease had run out")
-        if not history.faults and runs != 1 + history.releases:
-            return self._break(f"6. without any fault the effect happened {runs} times")
-        # The function's own error is its caller's to have.
-        if not history.faults and any(c.error is not None and not (c.run and c.run.raised) for c in living):
-            return self._break("6. without any fault a caller got an error")
-        for row in self.model.rows.values():
-            owners = [caller for caller in returned if caller.run is not None and caller.run.attempt == row.attempt]
-            if row.state is State.RUNNING and any(caller.stored for caller in owners):
-                return self._break("9. a caller that has finished left its record running")
-            for caller in returned:
-                if row.state is State.COMPLETED and caller.stored and caller.run is not None:
-                    if caller.run.plan.codec.decode(row.body, caller.run.rid.text) != caller.value:
-                        return self._break("4. what was returned is not what is stored")
-        for caller in living:
-            if isinstance(caller.error, LeaseLost) and caller.run is not None:
-                if history.granted and history.granted[-1] <= (caller.run.token or 0):
-                    return self._break("10. a lease was reported lost, and nobody had taken over")
-        return None
+    def _later(self, world: World, waiting: list[Step]) -> World | None:
+        """The world at the next moment at which somebody may go on; None: there is none."""
+        facts = world.facts
+        ends = [row.lease_until for _, row in facts.rows if row.state is State.RUNNING]
+        times = [*ends, *(step.deadline for step in waiting if step.deadline is not None)]
+        coming = min((instant for instant in times if instant > facts.now), default=None)
+        if coming is None:
+            return None
+        ended = any(facts.now < end <= coming for end in ends)
+        return self._worlds.of(facts._replace(now=coming, expiries=facts.expiries + ended))
+
+    def told(self, start: State_, path: list[int]) -> tuple[tuple[str, str, str], ...]:
+        """The history that takes those choices, in words."""
+        lines: list[tuple[str, str, str]] = []
+        state = start
+        for index in path:
+            choice = next(itertools.islice(self.choices(state), index, None))
+            lines += _lines(choice, state[1], choice.state[1])
+            state = choice.state
+        return tuple(lines)
+
+
+_LOSSES = (" (reply lost, sent again)", " (applied, reply lost)", " (lost on its way)")
+
+
+def _lines(choice: _Choice, before: World, after: World) -> Iterator[tuple[str, str, str]]:
+    if choice.who < 0:
+        yield "time", "the lease runs out" if after.facts.expiries > before.facts.expiries else "time passes", ""
+        return
+    name = f"caller {choice.who + 1}"
+    move, step = choice.move, choice.step
+    if move is not None and step is not None:
+        if choice.what in _LOSSES:
+            yield name, step.label + choice.what, "no answer" if choice.what is not _LOSSES[0] else _words(move.reply)
+        elif step.label not in ("sleep", "wait"):
+            yield name, step.label, _words(move.reply)
+        end = move.after.end
+        if end is not None and choice.what != "does it and dies":
+            yield name, f"returns {end.value!r}" if end.error is None else f"raises {type(end.error).__name__}", ""
+    if choice.what in ("dies", "does it and dies"):
+        yield name, "dies", ""
 
 
 def _words(reply: Any) -> str:
+    if reply is None:
+        return ""
     if isinstance(reply, Answer):
         return reply.value
     if isinstance(reply, Granted):
@@ -564,183 +289,264 @@ def _words(reply: Any) -> str:
     return repr(reply)
 
 
-def _frozen(value: Any) -> Any:
-    if isinstance(value, BaseException):
-        return type(value).__name__
-    if isinstance(value, Row):
-        return (value.state.value, *value[1:])
-    return value if isinstance(value, (tuple, str, bytes, int, float, bool, type(None), Answer)) else repr(value)
+# ----------------------------------------------------------------------------------------------------- the judgement
 
 
-def _protocol(caller: Caller) -> Coroutine[Step, Any, Any]:
-    """The scenario that is explored when none is given: one call of a decorated function, whose body takes effect."""
-    return _call(caller, caller.effect)
+def _judge(state: State_, limits: _Limits) -> str:
+    """The promise that a history has broken which ended there; "": none."""
+    places, world, *left = state
+    faultless = left == list(limits[1:])
+    living = [local for local in places if local.number >= 0]
+    if any(local.step is not None for local in living):
+        return "7. a caller waits for ever"
+    ends = [local.end for local in living if local.end is not None]
+    facts = world.facts
+    if faultless and not facts.expiries and any(not end.excused for end in ends):
+        return "6. without any fault a caller got an error"
+    for _, row in facts.rows:
+        for end in ends:
+            owner = end.run or end.held
+            if row.state is State.RUNNING and owner is not None and owner.attempt == row.attempt and end.stored:
+                if end.error is None:
+                    return "9. a caller that has finished left its record running"
+    if any(end.held is not None for end in ends):
+        return _judge_locks(ends, facts, faultless=faultless)
+    return _judge_calls(ends, facts, faultless=faultless)
 
 
-_codec = codec_for(lambda: None, None)
+def _judge_calls(ends: list[End], facts: Facts, *, faultless: bool) -> str:
+    returned = [end for end in ends if end.error is None]
+    # Whoever could not record its outcome says so: `stored` is False.
+    agreed = [end for end in returned if end.stored]
+    if any(end.value != agreed[0].value for end in agreed):
+        return "2. callers that succeeded do not agree"
+    guessing = not ends or any(end.run is None or end.run.plan.takeover for end in ends)
+    if facts.effects > 1 + facts.releases + (facts.expiries if guessing else 0):
+        return "5. the effect happened again although no lease had run out"
+    settled = bool(returned) or any(row.state in SETTLED for _, row in facts.rows)
+    if faultless and facts.effects != max(1, facts.releases + settled):
+        return f"6. without any fault the effect happened {facts.effects} times"
+    asked = [(end.token, end.run.fingerprint) for end in returned if end.run is not None and end.run.fingerprint]
+    if len(asked) != len({token for token, _ in asked}) and len(set(asked)) != len({token for token, _ in asked}):
+        return "13. a call was answered from the outcome of other arguments"
+    for end in returned:
+        run = end.run
+        if run is None or not end.stored:
+            continue
+        for text, row in facts.rows:
+            if row.state is State.COMPLETED and text == run.rid.text:
+                if run.plan.codec.decode(row.body, text) != end.value:
+                    return "4. what was returned is not what is stored"
+    for end in ends:
+        if isinstance(end.error, LeaseLost) and end.run is not None and facts.newest[0] <= (end.run.token or 0):
+            return "10. a lease was reported lost, and nobody had taken over"
+    return ""
 
 
-def _plan(model: Model, *, on_crash: str, wait: float | None = None) -> Plan:
-    return Plan(
-        backend=model,
-        flights=Flights(),
-        codec=_codec,
-        namespace="explored",
-        ttl=86_400.0,
-        lease=LEASE,
-        wait=wait,
-        keep_result=True,
-        error_ttl={},
-        on_crash=on_crash,
-        run_on_outage=False,
-        hooks=(),
-        stats={},
-    )
+def _judge_locks(ends: list[End], facts: Facts, *, faultless: bool) -> str:
+    if faultless and facts.effects != sum(end.value is not None for end in ends):
+        return "6. without any fault somebody was not let in who held the lock"
+    if faultless and any(end.held is not None and end.value is None and end.held.plan.wait is None for end in ends):
+        return "6. without any fault somebody did not get the lock"
+    for end in ends:
+        if isinstance(end.error, NotHeld) and not facts.expiries and facts.newest[0] <= (end.token or 0):
+            return "10. a hold was reported lost, and nobody had taken over"
+    return ""
 
 
-async def _call(caller: Caller, body: Callable[[], Awaitable[Any]], on_crash: str = "rerun") -> Any:
-    """What the wrapper of a decorated async function does, with the explorer's driver."""
-    run = Run(_plan(caller.model, on_crash=on_crash), RecordId("explored", "k"), b"", dict)
-    run.attempt = b"caller %d" % caller.number  # each history is the same when it is played again
-    caller.run = run
-    driver = caller.driver
-    value = None
-    try:
-        replay = await flow.begin(driver, run)
-        if replay is None:
-            with Running(driver, run):
-                value = await body()
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        await flow.abandon(driver, run, error)
-        raise
-    if replay is None:
-        replay = await flow.settle(driver, run, value)
-    if replay.error is not None:
-        raise replay.error
-    caller.stored = replay.stored
-    return replay.value
+# -------------------------------------------------------------------------------------------------------- the search
+
+
+class _Search:
+    """One search through a space: what it met, and how long it may take."""
+
+    def __init__(
+        self, space: _Space, limits: _Limits, until: float, most: int | None, progress: Callable[[int, int], None]
+    ) -> None:
+        self._space = space
+        self._limits = limits
+        self._until = until
+        self._most = most
+        self._progress = progress
+        self.start = space.start(limits)
+        self.histories = 0
+        self.states = 0
+        self.complete = False
+        self.promise = ""
+        self.path: list[int] = []
+        """The choices that led to the broken promise."""
+
+    def _goes_on(self) -> bool:
+        self._progress(self.histories, self.states)
+        return time.monotonic() < self._until and (self._most is None or self.histories < self._most)
+
+    def everything(self) -> None:
+        """Go every way, shorter ones first."""
+        came: dict[State_, tuple[State_, int] | None] = {self.start: None}
+        level, depth = [self.start], 0
+        unfinished = False
+        choices = self._space.choices
+        while level:
+            further: list[State_] = []
+            for state in level:
+                if not self.states & 127 and not self._goes_on():
+                    return
+                self.states += 1
+                index = -1
+                for index, choice in enumerate(choices(state)):
+                    after = choice[0]
+                    if choice[1]:
+                        self.histories += 1
+                        self._found(choice[1], came, state, index)
+                        return
+                    if after in came:
+                        self.histories += 1
+                    else:
+                        came[after] = (state, index)
+                        further.append(after)
+                if index < 0:
+                    self.histories += 1
+                    promise = _judge(state, self._limits)
+                    if promise:
+                        self._found(promise, came, state, None)
+                        return
+                elif depth >= _STEPS:
+                    if self._goes_on_for_ever(state):
+                        self._found("7. a caller goes on for ever", came, state, None)
+                        return
+                    unfinished = True
+            level, depth = ([] if depth >= _STEPS else further), depth + 1
+        self.complete = not unfinished
+
+    def _goes_on_for_ever(self, state: State_) -> bool:
+        """Whether there is nothing else to do than what has taken so many steps already, and it does not end."""
+        for _ in range(_STEPS):
+            choices = list(itertools.islice(self._space.choices(state), 2))
+            if len(choices) != 1:
+                return False
+            state = choices[0].state
+        return True
+
+    def _found(
+        self, promise: str, came: dict[State_, tuple[State_, int] | None], state: State_, last: int | None
+    ) -> None:
+        self.promise = promise
+        self.path = [] if last is None else [last]
+        while (step := came[state]) is not None:
+            state, index = step
+            self.path.insert(0, index)
+
+    def some(self, seed: int) -> None:
+        """Go random ways until time or the limit runs out."""
+        dice = random.Random(seed)
+        while self._goes_on():
+            state = self.start
+            path: list[int] = []
+            promise = ""
+            while not promise:
+                choices = list(self._space.choices(state))
+                if not choices:
+                    promise = _judge(state, self._limits)
+                    break
+                if len(path) >= _STEPS:
+                    promise = "7. a caller goes on for ever" if self._goes_on_for_ever(state) else ""
+                    break
+                index = dice.randrange(len(choices))
+                path.append(index)
+                state, promise = choices[index][:2]
+            self.histories += 1
+            if promise:
+                self.promise, self.path = promise, path
+                return
 
 
 def explore(
-    scenario: Scenario | None = None,
+    scenario: Scenario = call,
     *,
     callers: int = 3,
     crashes: int = 1,
     expiries: int = 1,
     lost_replies: int = 1,
     rules: Any = machine,
+    model: Callable[[], Model] = Model,
     seconds: float = 60.0,
     seed: int | None = None,
     histories: int | None = None,
+    progress: bool | None = None,
 ) -> Exploration:
     """Run duplicate calls in every possible order, with every fault within the budgets, and judge each history.
 
     Args:
-        scenario: what each caller does; None: a call of a function decorated with `@idempotent`.
-        callers: how many duplicates, each in a process of its own.
+        scenario: what each caller does, an async function of its Caller, by which alone it touches the world. Default: a
+            call of a function decorated with `@idempotent`; `hold` is a `with Lock(...)`.
+        callers: how many duplicates, each in a process of its own; 1 to 9.
         crashes: how many callers may die, at any step.
-        expiries: how many leases may run out while their holder lives; those of the dead run out anyway.
+        expiries: how many leases may run out while their holder lives; those that somebody waits for run out anyway.
         lost_replies: how many commands may be sent twice, or lost before or after they were applied.
         rules: the functions that a store applies, for planted bugs; the protocol's own by default.
+        model: makes the store of each caller, for planted bugs in a backend.
         seconds: when to stop, at the latest.
-        seed: random schedules from this seed instead of all of them in order, for spaces that are too large.
-        histories: how many schedules to run at the most; None: no limit.
+        seed: random schedules from this seed instead of all of them, for spaces that are too large.
+        histories: how many schedules to follow at the most; None: no limit, so with a seed until `seconds` are over.
+        progress: whether to tell how far it is, on standard error. None: if that is a terminal.
 
     Returns:
         What was found; it is true if no promise was broken, and its text shows the shortest counterexample.
+
+    Raises:
+        ValueError: a budget is negative, or the number of callers is not 1 to 9.
     """
-    budgets = (callers, crashes, expiries, lost_replies)
-    chosen = scenario or _protocol
+    limits = _Limits(callers, crashes, expiries, lost_replies)
+    if not 1 <= callers <= 9 or min(limits) < 0:
+        raise ValueError(f"callers must be 1 to 9 and budgets not negative, not {limits}")
     began = time.monotonic()
-    seen: set[Any] | None = set() if seed is None else None
-    dice = random.Random(seed)
-    choices: list[int] | None = []
-    count = 0
-    complete = False
-    violation: Violation | None = None
-    while choices is not None:
-        if time.monotonic() - began > seconds or (histories is not None and count >= histories):
-            break
-        otherwise = _the_first if seed is None else dice.randrange
-        execution = _Execution(chosen, rules, budgets, otherwise)
-        execution.play(choices, seen)
-        execution.close()
-        count += 1
-        if execution.promise:
-            violation = _shortest(chosen, rules, budgets, execution)
-            break
+    teller = _Teller(began, show=sys.stderr.isatty() if progress is None else progress)
+    space = _Space(scenario, rules, model)
+    try:
+        search = _Search(space, limits, began + seconds, histories, teller)
         if seed is None:
-            choices = _next(execution)
-            complete = choices is None
+            search.everything()
         else:
-            choices = []
-    return Exploration(count, len(seen or ()), time.monotonic() - began, complete, violation)
+            search.some(seed)
+        violation = None
+        if search.promise:
+            best = _shortest(space, limits, search)
+            violation = Violation(best.promise, space.told(best.start, best.path))
+    finally:
+        space.close()
+        teller.end()
+    return Exploration(search.histories, search.states, time.monotonic() - began, search.complete, violation)
 
 
-def _next(execution: _Execution) -> list[int] | None:
-    """The next schedule in order; None: that was the last."""
-    taken, offered = execution.taken, execution.offered
-    while taken and taken[-1] + 1 >= offered[-1]:
-        taken.pop()
-        offered.pop()
-    if not taken:
-        return None
-    return [*taken[:-1], taken[-1] + 1]
+class _Teller:
+    """A line on standard error about how far an exploration is."""
+
+    def __init__(self, began: float, *, show: bool) -> None:
+        self._began = began
+        self._next = began + 2 * _TELL_EVERY if show else float("inf")
+        self._told = False
+
+    def __call__(self, histories: int, states: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next, self._told = now + _TELL_EVERY, True
+            text = f"\rexplore: {histories:,} histories, {states:,} states, {now - self._began:.0f} s "
+            print(text, end="", file=sys.stderr, flush=True)  # noqa: T201  what it is for
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._told:
+            print(file=sys.stderr)  # noqa: T201
 
 
-def _shortest(scenario: Scenario, rules: Any, budgets: tuple[int, int, int, int], found: _Execution) -> Violation:
-    """A history as bad as `found`, made shorter while that is possible."""
-    best = found
-    callers, crashes, expiries, losses = budgets
-    spaces = itertools.product(range(2, callers + 1), range(crashes + 1), range(expiries + 1), range(losses + 1))
-    # Fewer callers and fewer faults first: what is found there is short.
-    for limits in sorted(spaces, key=lambda space: (space[0], sum(space[1:]))):
-        other = _first(scenario, rules, limits)
-        if other is not None:
-            best = _shrunk(scenario, rules, limits, other)
-            break
-    return Violation(best.promise, tuple(best.taken), tuple(best.history.lines))
-
-
-def _first(scenario: Scenario, rules: Any, limits: tuple[int, int, int, int]) -> _Execution | None:
-    choices: list[int] | None = []
-    seen: set[Any] = set()
-    for _ in range(_TRIES):
-        if choices is None:
-            break
-        execution = _played(scenario, rules, limits, choices, seen)
-        if execution.promise:
-            return execution
-        choices = _next(execution)
-    return None
-
-
-def _shrunk(scenario: Scenario, rules: Any, limits: tuple[int, int, int, int], best: _Execution) -> _Execution:
-    """`best` with each choice in turn put back to the first, as long as that breaks a promise sooner."""
-    at = len(best.taken) - 1
-    while at >= 0:
-        if at < len(best.taken) and best.taken[at]:
-            execution = _played(scenario, rules, limits, [*best.taken[:at], 0, *best.taken[at + 1 :]])
-            if execution.promise and len(execution.history.lines) < len(best.history.lines):
-                best, at = execution, len(execution.taken)
-        at -= 1
-    return best
-
-
-def _played(
-    scenario: Scenario,
-    rules: Any,
-    limits: tuple[int, int, int, int],
-    choices: list[int],
-    seen: set[Any] | None = None,
-) -> _Execution:
-    execution = _Execution(scenario, rules, limits, _the_first)
-    execution.play(choices, seen)
-    execution.close()
-    return execution
-
-
-def _the_first(_options: int) -> int:
-    return 0
+def _shortest(space: _Space, limits: _Limits, found: _Search) -> _Search:
+    """The search that found a counterexample with as few callers and faults as can be."""
+    until = time.monotonic() + _SHORTER
+    ranges = [range(1, limits.callers + 1), *(range(limit + 1) for limit in limits[1:])]
+    # What is found with fewer callers and faults is easier to follow.
+    for fewer in sorted(itertools.starmap(_Limits, itertools.product(*ranges)), key=lambda each: (each[0], sum(each))):
+        search = _Search(space, fewer, until, None, lambda *_: None)
+        search.everything()
+        if search.promise:
+            return search
+    return found

@@ -1,0 +1,276 @@
+"""The world of an exploration: an immutable state of the store, and the steps that callers ask to take in it.
+
+A World never changes; a step applied to it gives another. Worlds that are equal are one object, so that what was worked
+out once for a world is found again by its identity.
+"""
+
+import types
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Any, NamedTuple
+
+from idempotent import _machine as machine
+from idempotent._record import (
+    Answer,
+    Claim,
+    Granted,
+    Record,
+    RecordId,
+    Row,
+    State,
+    StateName,
+    describe,
+)
+from idempotent.backends.base import Backend, micros
+
+__all__ = ["SETTLED", "START", "Applied", "Facts", "Model", "Step", "World", "Worlds", "hand_over"]
+
+START = 1_000_000
+"""Virtual microseconds at which each history begins."""
+
+SETTLED = (State.COMPLETED, State.FAILED)
+
+
+class Facts(NamedTuple):
+    """What a world is made of."""
+
+    rows: tuple[tuple[str, Row], ...] = ()
+    """The records by `RecordId.text`."""
+    values: tuple[tuple[str, Any], ...] = ()
+    """What scenarios without our protocol keep."""
+    now: int = START
+    """Virtual microseconds."""
+    effects: int = 0
+    newest: tuple[int, bytes] = (0, b"")
+    """Token and attempt of the claim that was granted last."""
+    releases: int = 0
+    expiries: int = 0
+    """Leases that ran out."""
+    inside: tuple[tuple[int, int], ...] = ()
+    """Who is in a critical section, and until when nobody else may be."""
+
+    def row(self, text: str) -> Row | None:
+        """The record of that id."""
+        for name, row in self.rows:
+            if name == text:
+                return row
+        return None
+
+    def with_row(self, text: str, row: Row) -> "Facts":
+        """The same with another record."""
+        others = [pair for pair in self.rows if pair[0] != text]
+        return self._replace(rows=tuple(sorted([*others, (text, row)], key=_name)))
+
+    def with_value(self, key: str, value: Any) -> "Facts":
+        """The same with another plain value."""
+        others = [pair for pair in self.values if pair[0] != key]
+        return self._replace(values=tuple(sorted([*others, (key, value)], key=_name)))
+
+    def without_value(self, key: str) -> "Facts":
+        """The same without a plain value."""
+        return self._replace(values=tuple(pair for pair in self.values if pair[0] != key))
+
+
+def _name(pair: tuple[str, Any]) -> str:
+    return pair[0]
+
+
+class World:
+    """One state of the world; compared and hashed by identity."""
+
+    __slots__ = ("expired", "facts")
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.expired: World | None = None
+        """The world after its running lease ended, once that is worked out."""
+
+
+class Worlds:
+    """Every world of an exploration, each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, World] = {}
+
+    def of(self, facts: Facts) -> World:
+        """The world with these facts."""
+        rows = tuple((text, row.state.value, *row[1:]) for text, row in facts.rows)
+        key = (rows, repr(facts.values) if facts.values else "", *facts[2:])
+        world = self._known.get(key)
+        if world is None:
+            world = self._known[key] = World(facts)
+        return world
+
+
+class Applied(NamedTuple):
+    """What a step came to."""
+
+    reply: Any
+    facts: Facts
+    promise: str = ""
+    """The promise that it broke, in words."""
+
+
+class Step:
+    """What a caller is about to do, handed to the explorer."""
+
+    __slots__ = ("apply", "deadline", "is_effect", "label", "ready")
+
+    def __init__(
+        self,
+        label: str,
+        apply: Callable[[Facts, Any], Applied],
+        *,
+        ready: Callable[[Facts], bool] | None = None,
+        deadline: int | None = None,
+        is_effect: bool = False,
+    ) -> None:
+        self.label = label
+        self.apply = apply
+        """The step in a world, under the rules of the store. Pure."""
+        self.ready = ready
+        """Whether it can go on by now; None: at any time, and it can be sent twice."""
+        self.deadline = deadline
+        """Virtual microseconds at which it goes on in any case."""
+        self.is_effect = is_effect
+
+
+@types.coroutine
+def hand_over(step: Step) -> Generator[Step, Any, Any]:
+    """Let the explorer take `step`, and return its reply."""
+    return (yield step)
+
+
+def _observed(facts: Facts, text: str, row: Row | None, reply: Any) -> Applied:
+    """The facts after a command stored `row` (None: it changed nothing), and the promise that it broke."""
+    promise = ""
+    was = facts.row(text)
+    if row is not None:
+        if was is not None and was.state in SETTLED and (row.state, row.body) != (was.state, was.body):
+            promise = "1. a recorded outcome was changed"
+        elif row.state in SETTLED and (was is None or was.state not in SETTLED):
+            if facts.newest[0] and row.token != facts.newest[0]:
+                promise = "8. an outcome was recorded under a token that was not the newest"
+        if row.state is State.WITHDRAWN and was is not None and was.state is State.RUNNING:
+            facts = facts._replace(releases=facts.releases + 1)
+        facts = facts.with_row(text, row)
+    if isinstance(reply, Granted):
+        stored = facts.row(text)
+        grant = (reply.token, b"" if stored is None else stored.attempt)
+        if grant != facts.newest:
+            if reply.token <= facts.newest[0]:
+                promise = promise or "3. a token did not grow"
+            facts = facts._replace(newest=grant)
+    return Applied(reply, facts, promise)
+
+
+class Model(Backend):
+    """A store in virtual time, each of whose commands waits for the explorer; it serves async flows alone.
+
+    Its answers are those of the explored rules, of `idempotent._machine` unless planted bugs stand in their place.
+    """
+
+    name = "model"
+
+    def __init__(self) -> None:
+        self.now = START
+        """Virtual microseconds when its caller was last told something."""
+
+    async def _command(self, label: str, rid: RecordId, decide: Callable[[Any, Row | None, int], Any]) -> Any:
+        """`decide` takes the rules, the row and the time, and gives the reply and the row to store (None: leave it)."""
+        text = rid.text
+
+        def apply(facts: Facts, rules: Any) -> Applied:
+            reply, row = decide(rules, facts.row(text), facts.now)
+            return _observed(facts, text, row, reply)
+
+        return await hand_over(Step(label, apply))
+
+    async def claim(
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        fingerprint: bytes,
+        lease: float,
+        keep: float | None,
+        takeover: bool,
+        over: int | None = None,
+        owner: bytes = b"",
+    ) -> Claim:
+        kept = None if keep is None else micros(keep)
+        ask = machine.Ask(attempt, fingerprint, micros(lease), kept, takeover, over)
+        claimed: Claim = await self._command("claim", rid, lambda rules, row, now: rules.on_claim(row, ask, now))
+        return claimed
+
+    async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
+        span = micros(lease)
+        answer: Answer = await self._command(
+            "renew", rid, lambda rules, row, now: rules.on_renew(row, attempt, token, span, now)
+        )
+        return answer
+
+    async def complete(
+        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        return await self._settle("complete", State.COMPLETED, rid, attempt, token, codec, body, ttl)
+
+    async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
+        return await self._settle("fail", State.FAILED, rid, attempt, token, codec, body, ttl)
+
+    async def _settle(
+        self, label: str, state: State, rid: RecordId, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        def decide(rules: Any, row: Row | None, now: int) -> Any:
+            settled = Row(state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body)
+            return rules.on_settle(row, attempt, token, settled, now)
+
+        answer: Answer = await self._command(label, rid, decide)
+        return answer
+
+    async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
+        answer: Answer = await self._command(
+            "release", rid, lambda rules, row, now: rules.on_release(row, attempt, token, now, unknown=unknown)
+        )
+        return answer
+
+    async def read(self, rid: RecordId) -> Record | None:
+        def decide(_rules: Any, row: Row | None, now: int) -> Any:
+            return None if row is None else describe(rid, row, now), None
+
+        found: Record | None = await self._command("read", rid, decide)
+        return found
+
+    async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
+        def decide(rules: Any, row: Row | None, now: int) -> Any:
+            found, left = rules.on_forget(row, b"forgets.", now, force=force)
+            return None if found is None else describe(rid, found, now), left
+
+        found: Record | None = await self._command("forget", rid, decide)
+        return found
+
+    async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
+        text, deadline = rid.text, self.now + micros(timeout)
+
+        def ended(facts: Facts) -> bool:
+            row = facts.row(text)
+            if row is None or row.state is not State.RUNNING or row.token != token:
+                return True
+            return facts.now >= min(deadline, row.lease_until)
+
+        await hand_over(Step("wait", _nothing, ready=ended, deadline=deadline))
+
+    async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
+        def apply(facts: Facts, _rules: Any) -> Applied:
+            found = [describe(RecordId.parse(text), row, facts.now) for text, row in facts.rows]
+            return Applied(tuple(record for record in found if record is not None), facts)
+
+        for record in await hand_over(Step("scan", apply)):
+            if state in (None, record.state) and namespace in (None, record.namespace):
+                yield record
+
+    async def purge(self, limit: int = 1000) -> int:
+        return 0
+
+
+def _nothing(facts: Facts, _rules: Any) -> Applied:
+    return Applied(None, facts)
