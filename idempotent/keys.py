@@ -120,7 +120,11 @@ class Binder:
                     return {name: given[name] for name in names}
         arguments = self._signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        return dict(arguments.arguments)
+        bound = dict(arguments.arguments)
+        if len(bound) < len(self._signature.parameters):  # Python 3.13.0 misses this one
+            missing = next(name for name in self._signature.parameters if name not in bound)
+            raise TypeError(f"missing a required argument: {missing!r}")
+        return bound
 
     def identify(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> tuple[str, bytes]:
         """Key and fingerprint of a call; `key` is one the caller gave, and is taken as it is.

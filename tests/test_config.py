@@ -869,7 +869,7 @@ leave.set()
 
 
 def test_a_forked_child_inherits_no_lock_and_no_running_call() -> None:
-    done = interpreter(FORK)
+    done = interpreter(FORK, options=("-W", "ignore:This process:DeprecationWarning"))  # from 3.12 on, of any thread
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "child 0\nparent running True\n"
 
