@@ -35,6 +35,8 @@ _STEPS = 400
 """What has not ended after so many steps never does."""
 _SHORTER = 20.0
 """Seconds spent on looking for a counterexample with fewer callers and faults."""
+_KNOWN = 50_000
+"""States whose choices random ways remember."""
 _TELL_EVERY = 0.5
 """Seconds between two words about a long exploration."""
 
@@ -304,11 +306,9 @@ def _judge(state: State_, limits: _Limits) -> str:
     if faultless and not facts.expiries and any(not end.excused for end in ends):
         return "6. without any fault a caller got an error"
     for _, row in facts.rows:
-        for end in ends:
-            owner = end.run or end.held
-            if row.state is State.RUNNING and owner is not None and owner.attempt == row.attempt and end.stored:
-                if end.error is None:
-                    return "9. a caller that has finished left its record running"
+        owners = [end for end in ends if (owner := end.run or end.held) is not None and owner.attempt == row.attempt]
+        if row.state is State.RUNNING and any(faultless or (end.stored and end.error is None) for end in owners):
+            return "9. a caller that has finished left its record running"
     if any(end.held is not None for end in ends):
         return _judge_locks(ends, facts, faultless=faultless)
     return _judge_calls(ends, facts, faultless=faultless)
@@ -439,12 +439,17 @@ class _Search:
     def some(self, seed: int) -> None:
         """Go random ways until time or the limit runs out."""
         dice = random.Random(seed)
+        known: dict[State_, list[_Choice]] = {}  # many ways lead through the same states
         while self._goes_on():
             state = self.start
             path: list[int] = []
             promise = ""
             while not promise:
-                choices = list(self._space.choices(state))
+                choices = known.get(state)
+                if choices is None:
+                    if len(known) >= _KNOWN:
+                        known.clear()
+                    choices = known[state] = list(self._space.choices(state))
                 if not choices:
                     promise = _judge(state, self._limits)
                     break
