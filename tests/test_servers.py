@@ -151,7 +151,7 @@ def test_a_missing_server_is_skipped_loudly_but_fails_in_ci(kind: str, monkeypat
     monkeypatch.setattr(servers, "_in_wheel", lambda package, name: [])
     glob = Path.glob  # which rglob is made of from 3.13 on
     monkeypatch.setattr(
-        Path, "glob", lambda self, pattern, **how: iter(() if "/bin/" in pattern else glob(self, pattern, **how))
+        Path, "glob", lambda self, pattern, **how: iter(() if "/bin/" in str(pattern) else glob(self, pattern, **how))
     )
     for variable, _ in servers._HELP.values():
         monkeypatch.delenv(variable, raising=False)
@@ -169,7 +169,7 @@ def test_binaries_from_wheels_do(kind: str, package: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(servers, "_on_path", lambda *names: [])
     glob = Path.glob  # which rglob is made of from 3.13 on
     monkeypatch.setattr(
-        Path, "glob", lambda self, pattern, **how: iter(() if "/bin/" in pattern else glob(self, pattern, **how))
+        Path, "glob", lambda self, pattern, **how: iter(() if "/bin/" in str(pattern) else glob(self, pattern, **how))
     )
     with servers.start_redis() if kind == "redis" else servers.start_postgres() as server:
         assert package in server._command[0]
