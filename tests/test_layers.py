@@ -34,7 +34,9 @@ LAYERS = [
     ["__main__"],
     ["testing._world"],
     ["testing._callers"],
-    ["testing.contract", "testing.explorer", "testing.faults"],
+    ["testing.contract", "testing.explorer", "testing.faults", "testing.history"],
+    ["testing.soak"],
+    ["testing.__main__"],
     ["testing"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
