@@ -39,7 +39,7 @@ def test_every_row_of_the_retention_table_is_there() -> None:
 
 
 def test_the_demos_table_is_what_the_demo_prints() -> None:
-    (shown,) = [code.splitlines() for language, code in BLOCKS if language == "text"]
+    shown = [code.splitlines() for language, code in BLOCKS if language == "text"][0]
     assert shown[0] == next(_demo._table([]))
     rows = {
         name.strip(): list(map(float, cells.split())) for name, cells in ((row[:18], row[18:]) for row in shown[1:])
