@@ -438,9 +438,9 @@ class _Crew:
                     self.members[pid] = now + self._dice.uniform(1.2, 2.2) * self._setup.lease
             elif done:
                 del self.members[pid]
-                if not os.WIFSIGNALED(status) and now < self._setup.until:
-                    raise BackendError(f"a worker process ended with {os.waitstatus_to_exitcode(status)}")
-                if now < self._setup.until:
+                if time.monotonic() < self._setup.until:  # read after its end: before it, it had read the same clock
+                    if not os.WIFSIGNALED(status):
+                        raise BackendError(f"a worker process ended with {os.waitstatus_to_exitcode(status)}")
                     self.hire()
             elif thaws is not None and thaws <= now:
                 os.kill(pid, signal.SIGCONT)
@@ -692,4 +692,4 @@ def _text(report: Report, findings: list[Finding]) -> Iterator[str]:
     for promise, count in sorted(report.broken.items()):
         yield f"  {promise}: {count:,} keys"
     yield ""
-    yield str(findings[0])
+    yield str(min(findings, key=lambda finding: finding.promise))
