@@ -1,7 +1,9 @@
 """`python -m idempotent.testing soak`: real processes, killed and frozen. Ours keeps its promises, the plants do not."""
 
+import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,3 +158,22 @@ def test_the_report_in_words() -> None:
     assert shown[0] == "the plant 'naive' on redis: 6 s, 4 workers, seed 7"
     assert "12,345 calls" in shown[1]
     assert shown[-1].startswith("kept: ")
+
+
+def test_the_readme_shows_what_a_soak_prints() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8").partition("### Soak")[2]
+    block = readme.partition("```text")[2].partition("```")[0]
+    runs = [run.strip().splitlines() for run in block.split("$ python -m idempotent.testing ")[1:]]
+    shape = [re.sub(r"\d[\d,]*", "N", line) for line in soak._text(soak.Report("redis", "ours", 60, 6, 7), [])]
+    for command_line, *printed in runs:
+        options = argparse.ArgumentParser()
+        soak.add_arguments(options)
+        asked = options.parse_args(command_line.split()[1:])
+        assert asked.seconds == 60
+        lines = [re.sub(r"\d[\d,]*", "N", line) for line in printed]
+        assert lines[1:4] == shape[1:4]
+        assert (lines[4] == shape[4]) == (asked.protocol == "ours")
+        assert (lines[4] == "BROKEN:") == (asked.protocol != "ours")
+    assert [run[1].partition(":")[0] for run in runs] == [
+        *("@idempotent on redis", "@idempotent on postgresql", "the plant 'unfenced' on redis")
+    ]
