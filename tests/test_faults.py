@@ -332,6 +332,44 @@ def test_after_a_failover_what_was_replicated_replays_and_tokens_grow(
             assert colour.call(work, "acknowledged") == 3  # lost with the primary: it ran again
 
 
+def test_after_a_failover_to_a_synchronous_standby_of_postgresql_nothing_confirmed_is_lost(
+    colour: Colour, count: Counter, opened: Any
+) -> None:
+    """The standby refuses before the run until it is promoted; a primary that cannot reach it confirms nothing."""
+    with contextlib.ExitStack() as stack:
+        primary = stack.enter_context(start_postgres())
+        standby = stack.enter_context(start_postgres(standby_of=primary))
+        proxy = stack.enter_context(Proxy("127.0.0.1", primary.port))
+        execute(primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+        streams = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+        with psycopg.connect(primary.url, autocommit=True) as connection:
+            eventually(lambda: connection.execute(streams).fetchall() == [(1,)])
+        backend = opened(through(proxy, primary), timeout=3)
+        work = colour.define(lambda order: count.hit(), backend=backend, key="{order}", namespace="n", wait=0)
+        with Commands(backend, colour) as commands:
+            assert [colour.call(work, order) for order in range(20)] == list(range(1, 21))
+            kept = claim(commands, RecordId("n", "kept"))
+            following = colour.define(count.hit, backend=opened(standby.url), key="19", namespace="n")
+            # A commit is confirmed when the standby has it in its log, and is to be seen there a moment later.
+            assert eventually(lambda: colour.call(following.peek)).state == "completed"
+            with pytest.raises(BackendUnavailable, match="read-only"):
+                colour.call(following)
+            standby.freeze()
+            with pytest.raises(BackendUnavailable):
+                colour.call(work, "unconfirmed")
+            assert count.count == 20
+            primary.kill()
+            standby.thaw()
+            execute(standby, "ALTER SYSTEM SET synchronous_standby_names = ''", "SELECT pg_promote()")
+            proxy.retarget(standby.port)
+            assert [colour.call(work, order) for order in range(20)] == list(range(1, 21))
+            assert isinstance(claim(commands, RecordId("n", "kept"), B), Busy)
+            assert complete(commands, RecordId("n", "kept"), kept.token) is Answer.DONE
+            later = claim(commands, RecordId("n", "later"))
+            assert later.token > kept.token
+        assert count.count == 20
+
+
 # ---------------------------------------------------------------------------------------------------------- full disks
 
 
