@@ -354,9 +354,11 @@ def test_after_a_failover_to_a_synchronous_standby_of_postgresql_nothing_confirm
             assert eventually(lambda: colour.call(following.peek)).state == "completed"
             with pytest.raises(BackendUnavailable, match="read-only"):
                 colour.call(following)
+            hasty = colour.define(count.hit, backend=opened(primary.url, timeout=0.7), key="unconfirmed", namespace="n")
+            assert colour.call(hasty.peek) is None
             standby.freeze()
             with pytest.raises(BackendUnavailable):
-                colour.call(work, "unconfirmed")
+                colour.call(hasty)
             assert count.count == 20
             primary.kill()
             standby.thaw()
