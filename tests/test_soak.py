@@ -134,6 +134,13 @@ def test_what_cannot_run_says_so_and_exits_with_2(url: str, words: str) -> None:
     assert words in said
 
 
+def test_a_history_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    code, said = soaked(f"sqlite:///{tmp_path}/x.db", "--history", str(tmp_path / "none" / "history"))
+    assert code == 2
+    assert "No such file" in said
+    assert not (tmp_path / "x.db").exists()
+
+
 def test_a_server_that_is_gone_in_the_end_is_no_broken_promise(own_redis: Server) -> None:
     words = command(own_redis.url, "--seconds", "1")
     with subprocess.Popen(words, env=CHECKOUT, stderr=subprocess.PIPE, text=True) as process:

@@ -560,6 +560,8 @@ def run(options: argparse.Namespace, welcome: Welcome) -> int:
             raise ValueError("the soak freezes and kills processes by POSIX signals, which this system does not have")
         if check_url(options.backend) == "local":
             raise ValueError("local:// is one process's memory, and the workers are processes of their own")
+        if options.history:
+            Path(options.history).touch()  # told now, and not when the time is over
         _load(options.backend)
         with tempfile.TemporaryDirectory(prefix="idempotent-soak-") as folder:
             return _run(options, Path(folder) / "log", welcome)
