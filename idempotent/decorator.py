@@ -348,11 +348,11 @@ def _refuse(unrun: Any) -> None:
     )
 
 
-def _async_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
+def _async_call(spec: _Spec, key: str | None, pick: Pick, driver: Any = None) -> Callable[..., Any]:
     from idempotent import _aio
 
     function = spec.function
-    driver = _aio.ASYNC
+    driver = driver or _aio.ASYNC  # tests bring one whose time is their own
 
     async def call(*args: Any, **kwargs: Any) -> Any:
         run = spec.run(args, kwargs, key)
@@ -385,6 +385,7 @@ def _build(spec: _Spec, key: str | None) -> Any:
     wrapper: Any = functools.wraps(spec.function)(make(spec, key, _value))
     wrapper.__wrapped__ = spec.function
     wrapper.__idempotent__ = wrapper
+    wrapper.__idempotent_spec__ = spec, key
     wrapper.outcome = make(spec, key, _outcome)
     wrapper.stats = lambda: Stats(spec.stats)
 

@@ -34,8 +34,10 @@ LAYERS = [
     ["__main__"],
     ["testing._world"],
     ["testing._callers"],
-    ["testing.contract", "testing.explorer", "testing.faults", "testing.history"],
-    ["testing.soak"],
+    ["testing.contract", "testing.explorer", "testing.faults", "testing.history", "testing.clock"],
+    ["testing.soak", "testing.storms", "testing.stateful"],
+    ["testing.strategies", "testing.proofs"],
+    ["testing.pytest_plugin", "testing.hypothesis_plugin"],
     ["testing.__main__"],
     ["testing"],
 ]
@@ -85,6 +87,7 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
     subjects = {
         "redis": {"backends.redis", "backends.pubsub"},
+        "hypothesis": {"testing.strategies", "testing.stateful"},
         "sqlalchemy": {"backends.sql", "backends._engines", "backends._notify", "backends._statements"},
     }
     importers = set()

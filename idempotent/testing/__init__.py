@@ -7,18 +7,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from idempotent.testing.clock import VirtualClock as VirtualClock
     from idempotent.testing.contract import BackendContract as BackendContract
+    from idempotent.testing.strategies import duplicates as duplicates
+    from idempotent.testing.explorer import Caller as Caller
     from idempotent.testing.explorer import Exploration as Exploration
+    from idempotent.testing.explorer import Violation as Violation
     from idempotent.testing.explorer import explore as explore
     from idempotent.testing.faults import FaultyBackend as FaultyBackend
     from idempotent.testing.faults import Hang as Hang
+    from idempotent.testing.proofs import Proof as Proof
+    from idempotent.testing.proofs import assert_idempotent as assert_idempotent
+    from idempotent.testing.proofs import assert_idempotent_async as assert_idempotent_async
+    from idempotent.testing.proofs import assert_naturally_idempotent as assert_naturally_idempotent
+    from idempotent.testing.proofs import assert_naturally_idempotent_async as assert_naturally_idempotent_async
+    from idempotent.testing.stateful import BackendMachine as BackendMachine
+    from idempotent.testing.storms import Aftermath as Aftermath
+    from idempotent.testing.storms import Ending as Ending
+    from idempotent.testing.storms import NotIdempotent as NotIdempotent
+    from idempotent.testing.storms import Storm as Storm
 
 _HOME_OF = {
+    "VirtualClock": "clock",
     "BackendContract": "contract",
+    "duplicates": "strategies",
+    "Caller": "explorer",
     "Exploration": "explorer",
+    "Violation": "explorer",
     "explore": "explorer",
     "FaultyBackend": "faults",
     "Hang": "faults",
+    "Proof": "proofs",
+    "assert_idempotent": "proofs",
+    "assert_idempotent_async": "proofs",
+    "assert_naturally_idempotent": "proofs",
+    "assert_naturally_idempotent_async": "proofs",
+    "BackendMachine": "stateful",
+    "Aftermath": "storms",
+    "Ending": "storms",
+    "NotIdempotent": "storms",
+    "Storm": "storms",
 }
 
 if not TYPE_CHECKING:
