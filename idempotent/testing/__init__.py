@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from idempotent.testing.clock import VirtualClock as VirtualClock
     from idempotent.testing.contract import BackendContract as BackendContract
-    from idempotent.testing.strategies import duplicates as duplicates
     from idempotent.testing.explorer import Caller as Caller
     from idempotent.testing.explorer import Exploration as Exploration
     from idempotent.testing.explorer import Violation as Violation
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from idempotent.testing.storms import Ending as Ending
     from idempotent.testing.storms import NotIdempotent as NotIdempotent
     from idempotent.testing.storms import Storm as Storm
+    from idempotent.testing.strategies import duplicates as duplicates
 
 _HOME_OF = {
     "VirtualClock": "clock",

@@ -11,6 +11,7 @@ from typing import Any
 from idempotent.decorator import _is_async
 from idempotent.errors import FingerprintMismatch, IdempotencyError
 from idempotent.testing.storms import (
+    _BEGIN,
     Aftermath,
     Arguments,
     NotIdempotent,
@@ -311,16 +312,17 @@ class _Trial:
         return aftermath, wrong, before, after
 
     async def _shortest(self, call: Arguments, storm: Storm, seen: tuple[Aftermath, str, Any, Any]) -> NotIdempotent:
-        """The storm with as many moves left out as can be; what is left out shows nothing."""
-        moves = storm.moves.split()
-        at = len(moves) - 1
-        while at >= 0:
-            fewer = Storm(storm.callers, " ".join(moves[:at] + moves[at + 1 :]))
-            found = await self._storm(functools.partial(fewer._play, self.target, call))
-            if found[1] and len(found[0].lines) <= len(seen[0].lines):
-                seen, moves = found, fewer.moves.split()
-                storm = fewer
-            at = min(at - 1, len(moves) - 1)
+        """The storm, with moves left out and put earlier for as long as that makes it shorter."""
+        fewer: Storm | None = storm
+        while fewer is not None:
+            storm, fewer = fewer, None
+            for moves in _shorter(storm.moves.split()):
+                other = Storm(storm.callers, " ".join(moves))
+                found = await self._storm(functools.partial(other._play, self.target, call))
+                lines, most = len(found[0].lines), len(seen[0].lines)
+                if found[1] and (lines < most or (lines == most and len(moves) < len(storm.moves.split()))):
+                    fewer, seen = other, found
+                    break
         aftermath, wrong, before, after = seen
         told = f"{_short(before)} before and {_short(after)} after"
         note = f"one call alone adds {self._one:g}" if self._counts else f"one call alone leaves {_short(self._one)}"
@@ -331,12 +333,22 @@ def _growing(limits: Budgets) -> Iterator[Budgets]:
     """The spaces within the limits: no fault, each alone, and all together; two callers before three."""
     most, *faults = limits
     spaces = itertools.product(*(sorted({0, limit}) for limit in faults))
-    for crashes, expiries, losses in sorted(spaces, key=lambda space: (sum(space), space)):
+    for crashes, expiries, losses in sorted(
+        spaces, key=lambda space: (sum(map(bool, space)), [-each for each in space])
+    ):
         yield 2, crashes, expiries, losses
     for callers in range(3, most + 1):
         yield callers, 0, 0, 0
         if any(faults):
             yield callers, limits[1], limits[2], limits[3]
+
+
+def _shorter(moves: list[str]) -> Iterator[list[str]]:
+    """The moves without one of them, from the end; then with two neighbours in the other order."""
+    for at in reversed(range(len(moves))):
+        yield moves[:at] + moves[at + 1 :]
+    for at in range(len(moves) - 1):
+        yield [*moves[:at], moves[at + 1], moves[at], *moves[at + 2 :]]
 
 
 class _Search:
@@ -390,8 +402,8 @@ class _Search:
         if fault == "dies-after":
             return caller.step is not None and caller.step.what in ("complete", "fail", "release")
         # Who has done nothing yet is like any other who has not.
-        fresh = len(caller.seen) == 1
-        return not (fresh and (fault == "dies" or any(len(other.seen) == 1 for other in callers[: number - 1])))
+        fresh = caller.step is _BEGIN
+        return not (fresh and (fault == "dies" or any(other.step is _BEGIN for other in callers[: number - 1])))
 
     def next(self) -> None:
         """Go on to the next storm in order."""

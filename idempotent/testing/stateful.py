@@ -22,9 +22,9 @@ from idempotent.testing.contract import ARGUMENTS, BODIES, LONG, OTHERS, Colour,
 
 __all__ = ["BackendMachine"]
 
-KEYS = st.sampled_from(["a", "b"])
+KEYS = st.sampled_from(["a", "a", "a", "b"])
 CALLERS = st.sampled_from([0, 1, 2])
-FINGERPRINTS = st.sampled_from([ARGUMENTS, OTHERS, b""])
+FINGERPRINTS = st.sampled_from([ARGUMENTS, ARGUMENTS, ARGUMENTS, OTHERS, b""])
 OUTCOMES = st.sampled_from(BODIES)
 YES_NO = st.booleans()
 
@@ -83,7 +83,7 @@ class BackendMachine(RuleBasedStateMachine):
         caller=CALLERS,
         arguments=FINGERPRINTS,
         takeover=YES_NO,
-        over=st.sampled_from(["", "the token found", "another"]),
+        over=st.sampled_from(["", "", "", "the token found", "another"]),
         short=YES_NO,
         kept=YES_NO,
         again=YES_NO,
@@ -136,6 +136,13 @@ class BackendMachine(RuleBasedStateMachine):
     def lapse(self) -> None:
         """What is short ends."""
         self._store.lapse()
+
+    @rule(key=KEYS, caller=CALLERS, successor=CALLERS, takeover=YES_NO)
+    def die(self, key: str, caller: int, successor: int, takeover: bool) -> None:
+        """A caller claims and dies; when its lease is over, one claims after it."""
+        self._send(key, caller, "claim", again=False, lease=self.short, takeover=takeover)
+        self._store.lapse()
+        self._send(key, successor, "claim", again=False, takeover=takeover)
 
     @rule(key=KEYS)
     def rescue(self, key: str) -> None:

@@ -79,7 +79,8 @@ class Ending:
         if self.how == "died":
             return f"caller {self.caller} died"
         if self.error is not None:
-            return f"caller {self.caller} got {type(self.error).__name__}: {self.error}"
+            text = "" if isinstance(self.error, IdempotencyError) else f": {_short(str(self.error))}"
+            return f"caller {self.caller} got {type(self.error).__name__}{text}"
         return f"caller {self.caller} got {_short(self.value)}{'' if self.stored else ' (not stored)'}"
 
 
@@ -381,6 +382,10 @@ class _Step:
         """Virtual microseconds at which a wait ends at the latest."""
 
 
+_BEGIN = _Step("claim", lambda: None)
+"""The first step of who has not begun: its call begins with it."""
+
+
 @types.coroutine
 def _hand_over(step: _Step) -> Generator[_Step, Any, Any]:
     return (yield step)
@@ -497,7 +502,7 @@ class _Caller:
         self.number = number
         self.context = contextvars.copy_context()
         self.coroutine: Coroutine[Any, Any, Outcome[Any]]
-        self.step: _Step | None = None
+        self.step: _Step | None = _BEGIN
         """What it is about to do; None: it has ended."""
         self.dead = False
         self.outcome: Outcome[Any] | None = None
@@ -628,8 +633,6 @@ class Stage:
             if self.target.base.run_on_outage:
                 warnings.simplefilter("ignore", UnprotectedWarning)
             try:
-                for caller in self.callers:
-                    await self._advance(caller)
                 while len(self.moves) < _LONGEST:
                     options = self.options()
                     if not options:
@@ -703,10 +706,13 @@ class Stage:
         number, _, fault = move.partition(":")
         caller = self.callers[int(number) - 1]
         self._last = caller.number
+        if caller.step is _BEGIN and fault != "dies":
+            await self._advance(caller)
         step = caller.step
-        assert step is not None
         if fault:
             self.faults += 1
+        if step is None:  # the call gives no usable key
+            return
         if fault == "dies":
             self._end(caller)
         elif fault == "refused":
@@ -778,11 +784,11 @@ class Stage:
 
     def state(self) -> Any:
         """What the rest of the storm depends on, if the function itself depends on nothing but its earlier runs."""
-        callers = tuple((caller.dead, caller.step is None, tuple(map(_frozen, caller.seen))) for caller in self.callers)
+        callers = tuple(map(_standing, self.callers))
         rows = tuple(
             (row.state, *row[1:8]) for row in (*self.store._store.open.values(), *self.store._store.settled.values())
         )
-        return hash((callers, rows, self.time.now, tuple(self.runs), self._last))
+        return hash((callers, rows, self.time.now, tuple(self.runs)))
 
 
 def _cancellations() -> int:
@@ -809,6 +815,14 @@ def _words(reply: Any) -> str:
     if isinstance(reply, Granted):
         return "granted (taken over)" if reply.took_over else "granted"
     return type(reply).__name__.lower() if isinstance(reply, tuple) else ""
+
+
+def _standing(caller: _Caller) -> Any:
+    """All of a caller that what comes depends on."""
+    if caller.step is not None:
+        return caller.step is _BEGIN, *map(_frozen, caller.seen)
+    outcome = caller.outcome
+    return (None if outcome is None else (outcome.token, outcome.stored)), type(caller.error)
 
 
 def _frozen(value: Any) -> Any:

@@ -29,33 +29,33 @@ def duplicates(
     """
     if callers < 2 or min(moves, crashes, expiries, lost_replies) < 0:
         raise ValueError("there are at least two callers, and no fewer than no moves and no faults")
+
+    def of(number: int) -> st.SearchStrategy[Storm]:
+        return st.builds(Storm, callers=st.just(number), moves=_moves(number, moves, crashes, expiries, lost_replies))
+
+    return st.integers(2, callers).flatmap(of)
+
+
+def _moves(callers: int, most: int, crashes: int, expiries: int, lost_replies: int) -> st.SearchStrategy[str]:
     steps = [f"{caller}" for caller in range(1, callers + 1)]
-    faults: list[tuple[tuple[str, ...], int]] = [
-        (("lease",), expiries),
-        (tuple(f"{step}:{fault}" for step in steps for fault in ("lost", "refused")), lost_replies),
-        (tuple(f"{step}:{fault}" for step in steps for fault in ("dies", "dies-after")), crashes),
+    faults: list[tuple[list[str], int]] = [
+        (["lease"], expiries),
+        ([f"{step}:{fault}" for step in steps for fault in ("lost", "refused")], lost_replies),
+        ([f"{step}:{fault}" for step in steps for fault in ("dies", "dies-after")], crashes),
     ]
-    left = {words: most for words, most in faults if most}
 
     def within(words: list[str]) -> str:
         """The words, without the faults that are too many."""
-        budgets = dict(left)
+        left = [limit for _, limit in faults]
         kept = []
         for word in words:
-            kind = next((kind for kind in budgets if word in kind), None)
+            kind = next((kind for kind, (of_kind, _) in enumerate(faults) if word in of_kind), None)
             if kind is not None:
-                if not budgets[kind]:
-                    continue
-                budgets[kind] -= 1
-            kept.append(word)
+                left[kind] -= 1
+            if kind is None or left[kind] >= 0:
+                kept.append(word)
         return " ".join(kept)
 
     # What comes first is what a failure shrinks to: steps of the first callers, without faults.
-    word = st.one_of(st.sampled_from(steps), *(st.sampled_from(words) for words in left))
-    script = st.lists(word, max_size=moves).map(within)
-    return st.builds(_storm, st.integers(2, callers), script)
-
-
-def _storm(callers: int, moves: str) -> Storm:
-    there = [move for move in moves.split() if move == "lease" or int(move.partition(":")[0]) <= callers]
-    return Storm(callers, " ".join(there))
+    word = st.one_of(st.sampled_from(steps), *(st.sampled_from(words) for words, limit in faults if limit))
+    return st.lists(word, max_size=most).map(within)
