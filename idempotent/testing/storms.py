@@ -79,7 +79,7 @@ class Ending:
         if self.how == "died":
             return f"caller {self.caller} died"
         if self.error is not None:
-            text = "" if isinstance(self.error, IdempotencyError) else f": {_short(str(self.error))}"
+            text = "" if isinstance(self.error, IdempotencyError) else f": {str(self.error)[:120]}"
             return f"caller {self.caller} got {type(self.error).__name__}{text}"
         return f"caller {self.caller} got {_short(self.value)}{'' if self.stored else ' (not stored)'}"
 
