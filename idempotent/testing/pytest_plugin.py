@@ -136,7 +136,8 @@ def idempotent_clock(idempotent_backend: "Backend") -> Iterator["VirtualClock"]:
     """The time of `idempotent_backend`, local only: `advance(seconds)` lets leases and ttls pass without sleeping.
 
     The time of runs and locks goes with it: `current_call().lease_lost` and `hold.lost` turn true. No heartbeat has
-    run meanwhile: a runner that lives through an `advance` beyond its lease is one that was frozen for so long.
+    run meanwhile: a runner that lives through an `advance` beyond its lease is one that was frozen for so long. (Within
+    one process its duplicates wait for it for a lease more, as they see that it is alive.)
     """
     from idempotent._aio import AsyncDriver
     from idempotent._drive import SyncDriver
