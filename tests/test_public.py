@@ -57,6 +57,25 @@ def test_a_promised_name_is_importable_and_documented(name: str) -> None:
         assert inspect.getdoc(value)
 
 
+KIT = [
+    *("explore", "Exploration", "Violation", "Caller"),
+    *("Storm", "Aftermath", "Ending", "duplicates", "BackendMachine"),
+    *("assert_idempotent", "assert_idempotent_async", "Proof", "NotIdempotent"),
+    *("assert_naturally_idempotent", "assert_naturally_idempotent_async"),
+    *("BackendContract", "FaultyBackend", "Hang", "VirtualClock"),
+]
+
+
+@pytest.mark.parametrize("name", KIT)
+def test_a_promised_name_of_the_testing_kit_is_importable_and_documented(name: str) -> None:
+    import idempotent.testing as kit
+
+    value = getattr(kit, name)
+    assert name in dir(kit)
+    assert name in kit.__all__
+    assert inspect.getdoc(value)
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         package.no_such_name  # noqa: B018

@@ -137,6 +137,19 @@ class BackendMachine(RuleBasedStateMachine):
         """What is short ends."""
         self._store.lapse()
 
+    @rule(key=KEYS, caller=CALLERS, kept=YES_NO, short=YES_NO, body=OUTCOMES, other=OUTCOMES, steps=st.integers(2, 5))
+    def live(self, key: str, caller: int, kept: bool, short: bool, body: bytes, other: bytes, steps: int) -> None:
+        """What a caller does in its life, up to some step; the last one comes late, and says something else."""
+        life: list[tuple[str, dict[str, Any]]] = [
+            ("claim", {"keep": LONG if kept else None}),
+            ("renew", {"lease": self.short if short else 2 * LONG}),
+            ("complete", {"body": body}),
+            ("complete", {"body": other, "codec": "other"}),
+            ("fail", {"body": other}),
+        ]
+        for name, brings in life[:steps]:
+            self._send(key, caller, name, again=False, **brings)
+
     @rule(key=KEYS, caller=CALLERS, successor=CALLERS, takeover=YES_NO)
     def die(self, key: str, caller: int, successor: int, takeover: bool) -> None:
         """A caller claims and dies; when its lease is over, one claims after it."""
