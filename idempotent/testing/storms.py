@@ -107,7 +107,7 @@ class Aftermath:
 
     def violation(self, promise: str) -> Violation:
         """The history as one that breaks `promise`."""
-        return Violation(promise, (), self.lines)
+        return Violation(promise, self.lines)
 
 
 @dataclass(frozen=True)
@@ -785,8 +785,11 @@ class Stage:
     def state(self) -> Any:
         """What the rest of the storm depends on, if the function itself depends on nothing but its earlier runs."""
         callers = tuple(map(_standing, self.callers))
+        store = self.store._store
+        # An attempt that settles a dead run has an id that is never the same, and that nobody asks for again.
         rows = tuple(
-            (row.state, *row[1:8]) for row in (*self.store._store.open.values(), *self.store._store.settled.values())
+            (row.state, row.token, row.attempt[:6] == b"caller" and row.attempt, *row[3:8])
+            for row in (*store.open.values(), *store.settled.values())
         )
         return hash((callers, rows, self.time.now, tuple(self.runs)))
 
