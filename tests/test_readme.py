@@ -1,5 +1,6 @@
 """The README's Python blocks run, and its commands are what they say."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -25,6 +26,25 @@ def test_a_block_runs_as_it_stands(number: int, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+PRINTED = [
+    (before, text)
+    for (language, before), (after, text) in itertools.pairwise(BLOCKS)
+    if (language, after) == ("python", "text") and "print(" in before
+]
+
+
+@pytest.mark.parametrize("number", range(len(PRINTED)))
+def test_what_a_block_is_said_to_print_it_prints(number: int, tmp_path: Path) -> None:
+    code, text = PRINTED[number]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == text
+
+
+def test_diagrams_are_among_them() -> None:
+    assert [text.split(":")[0] for _, text in PRINTED][0] == "charge('o-1', 5)"
+    assert len(PRINTED) >= 2
+
+
 def test_the_first_screen_holds_exactly_two_commands() -> None:
     shell = [code.strip() for language, code in BLOCKS if language in ("sh", "bash", "console")]
     assert len(shell) == 2
@@ -39,7 +59,7 @@ def test_every_row_of_the_retention_table_is_there() -> None:
 
 
 def test_the_demos_table_is_what_the_demo_prints() -> None:
-    shown = [code.splitlines() for language, code in BLOCKS if language == "text"][0]
+    (shown,) = [code.splitlines() for language, code in BLOCKS if language == "text" and "no protection" in code]
     assert shown[0] == next(_demo._table([]))
     rows = {
         name.strip(): list(map(float, cells.split())) for name, cells in ((row[:18], row[18:]) for row in shown[1:])

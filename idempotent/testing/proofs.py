@@ -23,6 +23,7 @@ from idempotent.testing.storms import (
     answered,
     follow,
     given,
+    grown,
     judge,
     new_store,
     run,
@@ -324,7 +325,7 @@ class _Trial:
                     fewer, seen = other, found
                     break
         aftermath, wrong, before, after = seen
-        told = f"{_short(before)} before and {_short(after)} after"
+        told = grown(before, after) if self._counts else f"{_short(before)} before and {_short(after)} after"
         note = f"one call alone adds {self._one:g}" if self._counts else f"one call alone leaves {_short(self._one)}"
         return accused(self.target, call, storm, aftermath, wrong, told, note)
 

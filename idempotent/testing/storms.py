@@ -15,6 +15,7 @@ import inspect
 import math
 import re
 import sys
+import textwrap
 import types
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
@@ -204,7 +205,7 @@ class Storm:
         after = await target.asked(effects)
         wrong = judge(target, aftermath, (after - before) / each, reruns=reruns)
         if wrong:
-            raise accused(target, call, self, aftermath, wrong, f"{_short(before)} before and {_short(after)} after")
+            raise accused(target, call, self, aftermath, wrong, grown(before, after))
         return aftermath
 
 
@@ -270,6 +271,11 @@ def _short(value: Any, most: int = 120) -> str:
 # ------------------------------------------------------------------------------------------------------ the judgement
 
 
+def grown(before: float, after: float) -> str:
+    """What the effects did, in words."""
+    return f"grew by {after - before:g}, from {before:g} to {after:g}"
+
+
 def judge(target: "Target", aftermath: Aftermath, effects: float | None, *, reruns: bool | None) -> str:
     """Which promise is broken, in words; "": none. `effects`: how often the effect happened; None: not counted."""
     returned = [ending for ending in aftermath.endings if ending.how == "returned"]
@@ -313,7 +319,7 @@ def accused(
         "",
         *(f"  {row}" for row in violation.diagram().splitlines()),
         "",
-        f"What to do: {_remedy(target, aftermath, wrong)}",
+        textwrap.fill(f"What to do: {_remedy(target, aftermath, wrong)}", 100, break_on_hyphens=False),
         f"Once more:  {storm!r}.play({target.name}, {call!r})",
     ]
     return NotIdempotent("\n".join(line.rstrip() for line in lines), storm, violation)
@@ -352,7 +358,7 @@ def _remedy(target: "Target", aftermath: Aftermath, wrong: str) -> str:
         return (
             'the first runner was gone, or late, between its effect and its record, and on_crash="rerun" runs it again.'
             ' Give on_crash="raise" or a probe; or make the effect itself refuse a second time, by a unique key or by'
-            " current_call().downstream_key(...). If the second effect does no harm, allow reruns."
+            " current_call().downstream_key(...). If the second effect does no harm, leave reruns=False out."
         )
     return "two calls ran under different keys: see that key= gives the same text for the same call every time."
 
