@@ -1,6 +1,7 @@
 """Each of our backends keeps the contract, and so do others; those with a planted bug are convicted, in words."""
 
 import functools
+import inspect
 import secrets
 import time
 from collections.abc import Iterator
@@ -358,3 +359,19 @@ def test_a_planted_bug_is_convicted_in_words(plant: type[Planted]) -> None:
 
 def test_what_has_no_planted_bug_is_not_convicted() -> None:
     assert list(broken_promises(Planted)) == []
+
+
+# --------------------------------------------------------------------------------------------------------- its price
+
+
+def lines_of(code: str) -> int:
+    return sum(bool(line.strip()) for line in code.splitlines())
+
+
+@pytest.mark.parametrize("adopts", [TestOurs, TestThirdParty, TestSyncAlone, TestAsyncAlone, TestClockThatStands])
+def test_a_backend_adopts_the_contract_in_under_twenty_lines(adopts: type[BackendContract]) -> None:
+    assert lines_of(inspect.getsource(adopts)) < 20
+
+
+def test_a_backend_of_a_third_party_is_some_sixty_lines() -> None:
+    assert lines_of(inspect.getsource(FileBackend)) <= 60

@@ -13,6 +13,8 @@ from colours import COLOURS, Colour
 from test_calls import Counter
 
 from idempotent import Applied, LocalBackend, NotApplied, current_call, idempotent
+from idempotent import _machine as machine
+from idempotent._record import Row, State
 from idempotent.testing import (
     NotIdempotent,
     Proof,
@@ -255,6 +257,28 @@ def test_when_the_time_is_over_the_proof_is_not_complete(colour: Colour, effects
     proof = assert_idempotent(charge_of(colour, effects), [("o",)], lambda: effects.count, seconds=0)
     assert not proof.complete
     assert "as many as there was time for" in str(proof)
+
+
+def test_the_library_itself_is_on_trial(colour: Colour, effects: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs of the protocol, planted where the storm's store finds them."""
+    charge = charge_of(colour, effects, on_crash="raise")
+    assert_idempotent(charge, [("o",)], lambda: effects.count, callers=2)
+
+    def takes_over_early(row: Row | None, ask: machine.Ask, now: int) -> Any:
+        if row is not None and row.state is State.RUNNING and row.attempt != ask.attempt:
+            row = row._replace(lease_until=now)
+        return on_claim(row, ask._replace(takeover=True), now)
+
+    def forgets_outcomes(row: Row | None, ask: machine.Ask, now: int) -> Any:
+        return on_claim(None if row is not None and row.state is State.COMPLETED else row, ask, now)
+
+    on_claim = machine.on_claim
+    for planted in (takes_over_early, forgets_outcomes):
+        monkeypatch.setattr(machine, "on_claim", planted)
+        assert (
+            "the effect happened" in (told := str(failure(charge, [("o",)], lambda: effects.count, callers=2)))
+            or "had its effect again" in told
+        )
 
 
 def test_nothing_of_it_reaches_the_functions_own_backend(colour: Colour, effects: Counter) -> None:

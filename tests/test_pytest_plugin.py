@@ -296,6 +296,12 @@ def test_marked(idempotent_backend):
 def test_marked_without_a_word(idempotent_backend):
     assert isinstance(idempotent_backend, LocalBackend)
 
+@pytest.mark.idempotent(backend="fakeredis")
+def test_not_installed(request, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fakeredis", None)
+    with pytest.raises(ImportError, match="fakeredis is not installed: pip install"):
+        request.getfixturevalue("idempotent_backend")
+
 @pytest.mark.idempotent(backend="memcached")
 def test_unknown(request):
     with pytest.raises(ValueError, match="idempotent_backend is one of local, fakeredis, not 'memcached'"):
@@ -303,7 +309,7 @@ def test_unknown(request):
 """
     settings = "idempotent_backend = fakeredis"
     counts, told = pytester.run(code, "--idempotent-backend=local", settings=settings)
-    assert counts == {"passed": 3}, told
+    assert counts == {"passed": 4}, told
     counts, told = pytester.run("", "--markers")
     assert "@pytest.mark.idempotent(backend=" in told
     counts, told = pytester.run("", "--idempotent-backend=memcached")
@@ -394,15 +400,3 @@ def test_nothing(request):
 """
     counts, told = pytester.run(code)
     assert counts == {"passed": 1}, told
-
-
-def test_its_import_takes_ten_milliseconds_at_the_most() -> None:
-    def measure() -> float:
-        """Milliseconds for the plugin and all that it imports, where pytest is there already."""
-        code = (
-            "import pytest, time\nbegan = time.perf_counter()\nimport idempotent.testing.pytest_plugin\n"
-            "print(1000 * (time.perf_counter() - began))"
-        )
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-    assert min(measure() for _ in range(5)) <= 10  # the best of some: others use the machine, too

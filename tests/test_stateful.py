@@ -12,7 +12,7 @@ from idempotent import Backend, LocalBackend, open_backend
 from idempotent.testing import BackendMachine, FaultyBackend
 
 FIXED = settings(max_examples=60, stateful_step_count=30, database=None, derandomize=True, deadline=None)
-GENERATE = settings(FIXED, max_examples=200, phases=[Phase.generate])
+GENERATE = settings(FIXED, max_examples=400, phases=[Phase.generate])
 
 
 class LocalMachine(BackendMachine):

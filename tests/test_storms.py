@@ -435,6 +435,58 @@ def test_effects_may_count_by_more_than_one(colour: Colour, effects: Counter) ->
         Storm().run(charge, ("o",), lambda: 0)
 
 
+def told_of(storm: Storm, *args: Any, **options: Any) -> str:
+    with pytest.raises(NotIdempotent) as failed:
+        storm.run(*args, **options)
+    return str(failed.value)
+
+
+def test_what_to_do_depends_on_what_happened(colour: Colour, effects: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        return effects.count
+
+    def raises_first(order: str) -> int:
+        if effects.hit() % 2:
+            raise KeyError(order)
+        return 1
+
+    told = told_of(Storm(2, "1 2"), colour.define(raises_first, backend="local://"), ("o",), count)
+    assert "the effect happened 2 times" in told
+    assert "the function raised after its effect" in told
+
+    def raises(order: str) -> int:
+        raise KeyError(order)
+
+    told = told_of(Storm(2), colour.define(raises, backend="local://"), ("o",), count)
+    assert "nothing went wrong around it, and caller 1 got KeyError" in told
+    assert "call with arguments for which it succeeds" in told
+
+    def key(order: str) -> str:
+        effects.hit()
+        return order
+
+    told = told_of(Storm(2), charge_of(colour, Counter(), key=key), ("o",), count)
+    assert "the effect is outside of it" in told
+    keys = iter("abcdefghijkl")
+    told = told_of(Storm(2), charge_of(colour, effects, key=lambda *_: next(keys)), ("o",), count)
+    assert "two calls ran under different keys" in told
+    monkeypatch.setattr("idempotent.testing.storms._LONGEST", 1)
+    assert "a caller goes on for ever" in told_of(Storm(2), charge_of(colour, effects), ("o",), count)
+
+
+def test_many_callers_are_no_endless_storm(effects: Counter) -> None:
+    Storm(60, " ".join(map(str, range(60, 0, -1)))).run(charge_of(COLOURS[0], effects), ("o",), lambda: effects.count)
+
+
+def test_an_async_function_behind_a_sync_one_is_refused_as_ever() -> None:
+    async def work() -> int:
+        return 1
+
+    sync = idempotent(backend="local://")(lambda: work())
+    aftermath = Storm(1).play(sync)
+    assert "is an async function behind a wrapper that is none" in str(aftermath.endings[0].error)
+
+
 # ---------------------------------------------------------------------------------------------------------- Hypothesis
 
 

@@ -150,12 +150,14 @@ class BackendMachine(RuleBasedStateMachine):
         for name, brings in life[:steps]:
             self._send(key, caller, name, again=False, **brings)
 
-    @rule(key=KEYS, caller=CALLERS, successor=CALLERS, takeover=YES_NO)
-    def die(self, key: str, caller: int, successor: int, takeover: bool) -> None:
+    @rule(key=KEYS, caller=CALLERS, successor=CALLERS, takeover=YES_NO, over=YES_NO)
+    def die(self, key: str, caller: int, successor: int, takeover: bool, over: bool) -> None:
         """A caller claims and dies; when its lease is over, one claims after it."""
         self._send(key, caller, "claim", again=False, lease=self.short, takeover=takeover)
         self._store.lapse()
-        self._send(key, successor, "claim", again=False, takeover=takeover)
+        row = self._callers[key][0].told.late
+        found = row.token if over and row is not None else None
+        self._send(key, successor, "claim", again=False, takeover=takeover, over=found)
 
     @rule(key=KEYS)
     def rescue(self, key: str) -> None:
