@@ -98,9 +98,9 @@ def test_an_effect_that_refuses_a_second_time_is_proved_to_happen_once_in_spite_
         return provider.setdefault(call.downstream_key("provider"), f"receipt for {order}")
 
     charge = colour.define(charge, backend="local://", key="{order}")
-    options: Any = {"reset": provider.clear, "reruns": False}
+    options: Any = {"reset": provider.clear, "reruns": False, "callers": 2}
     if colour.is_async:
-        options.update(callers=2, lost_replies=0)  # each run is a thread here
+        options["lost_replies"] = 0  # each run is a thread here
     proof = assert_idempotent(charge, [("o",)], lambda: len(provider), seconds=60, **options)
     assert proof.complete
     assert proof.reran > 20
@@ -199,7 +199,7 @@ def test_a_recorded_error_is_an_outcome_like_any_other(colour: Colour, effects: 
         raise Declined(effects.hit())
 
     charge = colour.define(charge, backend="local://", error_ttl={Declined: 60}, on_crash="raise")
-    assert assert_idempotent(charge, [("o",)], lambda: effects.count, callers=2, crashes=0).complete
+    assert assert_idempotent(charge, [("o",)], lambda: effects.count, callers=2, crashes=0, seconds=60).complete
 
 
 def test_a_function_without_any_claim_is_convicted(colour: Colour, effects: Counter) -> None:
@@ -221,7 +221,7 @@ def test_states_are_compared_where_the_world_can_be_put_back(colour: Colour) -> 
     def reset() -> None:
         accounts["ada"] = 10
 
-    options: Any = {"callers": 2, "expiries": 0}
+    options: Any = {"callers": 2, "expiries": 0, "seconds": 60}
     assert assert_idempotent(pay, [("ada", 5)], lambda: accounts, reset=reset, **options).complete
     rerun = colour.define(work, backend="local://", key="{name}")
     failed = failure(rerun, [("ada", 5)], lambda: accounts, reset=reset, reruns=False, callers=2)
@@ -299,7 +299,7 @@ def test_the_body_runs_on_the_thread_of_the_test() -> None:
     def count() -> int:
         return int(db.execute("SELECT count(*) FROM charge").fetchone()[0])
 
-    assert assert_idempotent(charge, [("o",)], count, reruns=False).complete
+    assert assert_idempotent(charge, [("o",)], count, reruns=False, seconds=60).complete
     db.close()
 
 
