@@ -76,7 +76,7 @@ class Violation:
         for who, what, came in self.lines:
             if who == "time":
                 rows.append(f"    Note over S: {what}")
-            elif what.startswith(("EFFECT", "dies", "leave", "returns", "raises")):
+            elif what.startswith(("EFFECT", "RUNS", "dies", "leave", "returns", "raises")):
                 rows.append(f"    Note over {short[who]}: {what}")
             else:
                 rows.append(f"    {short[who]}->>S: {what}")
