@@ -95,18 +95,19 @@ _OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS",
 
 
 class _Script:
-    """A Lua file, with the shared part before it."""
+    """A Lua file, with the shared ones that it needs before it: a server makes their functions anew at each call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, *names: str) -> None:
         folder = files("idempotent.backends") / "lua"
-        shared = (folder / "record.lua").read_text("utf-8")
-        self.source = f"{shared}\n{(folder / f'{name}.lua').read_text('utf-8')}".encode()
+        self.source = b"\n".join((folder / f"{name}.lua").read_bytes() for name in ("record", *names))
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
 
-_CLAIM, _RENEW, _SETTLE, _RELEASE, _READ, _FORGET, _WAIT = map(
-    _Script, ("claim", "renew", "settle", "release", "read", "forget", "wait")
-)
+_CLAIM = _Script("lease", "claim")
+_RENEW = _Script("owner", "lease", "renew")
+_SETTLE = _Script("owner", "wake", "settle")
+_RELEASE = _Script("wake", "release")
+_READ, _FORGET, _WAIT = _Script("read"), _Script("wake", "forget"), _Script("wait")
 
 
 class _Link(Protocol):
@@ -234,6 +235,9 @@ class RedisBackend(Backend):
             self._turn if rid.text in self._places else b"",
         )
         reply = await self._run(_CLAIM, rid, ask, min(self.timeout, lease))
+        if type(reply) is int:
+            self._places.pop(rid.text, None)
+            return Granted(reply)
         kind = reply[0]
         if kind == 1:
             self._places.pop(rid.text, None)

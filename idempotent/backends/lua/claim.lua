@@ -1,53 +1,43 @@
 -- on_claim. ARGV: attempt, fingerprint, lease, keep ('': until it is settled), takeover ('1', '0'), over ('': none),
 -- owner, turn (who stood in line for the lock and leaves it now; '': nobody).
--- Replies: {1, token, took over}  {2, token, lease left}  {3, now, record}  {4, token, age}  {5, age, fingerprint}
+-- Replies the token; or {1, token, took over}  {2, token, lease left}  {3, now, record}  {4, token, age}
+-- {5, age, fingerprint}
 
 local GRANTED, BUSY, SETTLED, UNKNOWN, MISMATCHED = 1, 2, 3, 4, 5
-local key = KEYS[1]
-local attempt, fingerprint, lease, keep = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local takeover, over, owner = ARGV[5] == '1', tonumber(ARGV[6]), ARGV[7]
-local raw = redis.call('GET', key)
-local row, foreign
-if raw then
-  row, foreign = parse(raw)
-  if foreign then return foreign end
-end
-local now = clock()
-if ARGV[8] ~= '' then redis.pcall('ZREM', KEYS[2], ARGV[8]) end
+local asker, asked = ARGV[1], ARGV[2]
+if ARGV[8] ~= '' then try('ZREM', KEYS[2], ARGV[8]) end
 
-local function grant(took_over)
-  local token = now
-  if row then token = math.max(row.token + 1, now) end
-  if took_over == 1 and fingerprint == '' then fingerprint = row.fingerprint end
-  local expires = 0
-  if keep then expires = now + lease + keep end
-  store(key, now, 'R', token, now, attempt, fingerprint, lease, now + lease, expires, owner)
-  return {GRANTED, token, took_over}
-end
-
-if not row or expired(row, now) then return grant(0) end
-if row.state == 'W' then
-  if row.attempt == attempt then return {BUSY, row.token, 0} end
-  return grant(0)
-end
-local age = math.max(0, now - row.since)
-if fingerprint ~= '' and row.fingerprint ~= '' and fingerprint ~= row.fingerprint then
-  return {MISMATCHED, age, row.fingerprint}
-end
-if row.state == 'R' then
-  if row.attempt == attempt then return {GRANTED, row.token, 0} end
-  local left = row.lease_until - now
-  if left > row.lease then
-    hold(key, now, row, 'R', row.since, row.lease)
-    return {BUSY, row.token, row.lease}
+local took_over = false
+if is_gone then
+  if raw and not is_expired and attempt == asker then return {BUSY, token, 0} end
+else
+  if asked ~= '' and fingerprint ~= '' and asked ~= fingerprint then
+    return {MISMATCHED, math.max(0, now - since), fingerprint}
   end
-  if left > 0 then return {BUSY, row.token, left} end
-  if takeover or over == row.token then return grant(1) end
-  store(key, now, 'U', row.token, now, row.attempt, row.fingerprint, 0, 0, 0, row.owner)
-  return {UNKNOWN, row.token, 0}
+  if state == 'R' then
+    if attempt == asker then return token end
+    local left = lease_until - now
+    if left > lease then
+      hold(since, lease)
+      return {BUSY, token, lease}
+    end
+    if left > 0 then return {BUSY, token, left} end
+    if ARGV[5] == '0' and tonumber(ARGV[6]) ~= token then
+      store('U', token, now, attempt, fingerprint, 0, 0, 0, owner)
+      return {UNKNOWN, token, 0}
+    end
+  elseif state == 'U' then
+    if tonumber(ARGV[6]) ~= token then return {UNKNOWN, token, math.max(0, now - since)} end
+  else
+    return {SETTLED, now, raw}
+  end
+  took_over = true
+  if asked == '' then asked = fingerprint end
 end
-if row.state == 'U' then
-  if over == row.token then return grant(1) end
-  return {UNKNOWN, row.token, age}
-end
-return {SETTLED, now, raw}
+
+local granted, until_then, gone_at = now, now + ARGV[3], 0
+if token and token >= now then granted = token + 1 end
+if ARGV[4] ~= '' then gone_at = until_then + ARGV[4] end
+store('R', granted, now, asker, asked, tonumber(ARGV[3]), until_then, gone_at, ARGV[7])
+if took_over then return {GRANTED, granted, 1} end
+return granted

@@ -1,17 +1,14 @@
--- Shared by every script: the record's envelope (see _record.py) and the clock. Instants and durations: microseconds.
+-- Runs first in every script: the record under KEYS[1] (see _record.py) and the time. Without tables and with as few
+-- functions as can be: making them costs more than all else here. Instants and durations: microseconds.
 -- A script validates first and writes last, as a failed one is not rolled back.
 
-local call, byte, sub = redis.call, string.byte, string.sub
-local pack3, unpack3, head
+local call, try, byte, sub = redis.call, redis.pcall, string.byte, string.sub
+local HEAD, OPEN = '>Bc1I8I8c8Bc0', '>Bc1I8I8c8Bc0I8I8I8Bc0'
+local pack, unpack
 if struct then
-  local pack, unpack = struct.pack, struct.unpack
-  function pack3(a, b, c) return pack('>I8I8I8', a, b, c) end
-  function unpack3(raw, at) return unpack('>I8I8I8', raw, at) end
-  function head(state, token, since, attempt, fingerprint)
-    return pack('>Bc1I8I8c8Bc0', 209, state, token, since, attempt, #fingerprint, fingerprint)
-  end
+  pack, unpack = struct.pack, struct.unpack
 else -- fakeredis has none
-  local function pack1(n)
+  local function long(n)
     local bytes = ''
     for _ = 1, 8 do
       bytes = string.char(n % 256) .. bytes
@@ -19,89 +16,59 @@ else -- fakeredis has none
     end
     return bytes
   end
-  local function unpack1(raw, at)
+  local function number(bytes, at)
     local n = 0
-    for i = at, at + 7 do n = n * 256 + byte(raw, i) end
+    for i = at, at + 7 do n = n * 256 + byte(bytes, i) end
     return n
   end
-  function pack3(a, b, c) return pack1(a) .. pack1(b) .. pack1(c) end
-  function unpack3(raw, at) return unpack1(raw, at), unpack1(raw, at + 8), unpack1(raw, at + 16) end
-  function head(state, token, since, attempt, fingerprint)
-    return '\209' .. state .. pack1(token) .. pack1(since) .. attempt .. string.char(#fingerprint) .. fingerprint
+  function pack(format, magic, state, token, since, attempt, size, fingerprint, lease, lease_until, expires, length, owner)
+    local bytes = string.char(magic) .. state .. long(token) .. long(since) .. attempt .. string.char(size) .. fingerprint
+    if format == HEAD then return bytes end
+    return bytes .. long(lease) .. long(lease_until) .. long(expires) .. string.char(length) .. owner
+  end
+  function unpack(format, bytes)
+    local size = byte(bytes, 27)
+    local magic, state, token, since = byte(bytes, 1), sub(bytes, 2, 2), number(bytes, 3), number(bytes, 11)
+    local attempt, fingerprint = sub(bytes, 19, 26), sub(bytes, 28, 27 + size)
+    if format == HEAD then return magic, state, token, since, attempt, fingerprint end
+    return magic, state, token, since, attempt, fingerprint,
+      number(bytes, 28 + size), number(bytes, 36 + size), number(bytes, 44 + size), sub(bytes, 53 + size)
   end
 end
 
-local function clock()
-  local time = call('TIME')
-  return time[1] * 1000000 + time[2]
-end
-
--- The record in `raw`; nil and an error reply for bytes that are none of ours.
-local function parse(raw)
-  local size, state = byte(raw, 27), sub(raw, 2, 2)
-  if size and byte(raw, 1) == 209 and (size == 0 or size == 16) then
-    local is_open = state == 'R' or state == 'U' or state == 'W'
-    if is_open and #raw == 52 + size + (byte(raw, 52 + size) or 0) then
-      local lease, lease_until, expires = unpack3(raw, 28 + size)
-      local token, since = unpack3(raw, 3)
-      return {
-        state = state, token = token, since = since, attempt = sub(raw, 19, 26), fingerprint = sub(raw, 28, 27 + size),
-        lease = lease, lease_until = lease_until, expires = expires, owner = sub(raw, 53 + size),
-      }
+local key = KEYS[1]
+local raw = call('GET', key)
+local magic, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner
+if raw then
+  local size = byte(raw, 27)
+  if size == 0 or size == 16 then
+    state = sub(raw, 2, 2)
+    if state == 'R' or state == 'W' or state == 'U' then
+      if #raw == 52 + size + (byte(raw, 52 + size) or 0) then
+        magic, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner = unpack(OPEN, raw)
+      end
     elseif (state == 'C' or state == 'F') and #raw > 27 + size + (byte(raw, 28 + size) or #raw) then
-      local token, since = unpack3(raw, 3)
-      return {
-        state = state, token = token, since = since, attempt = sub(raw, 19, 26), fingerprint = sub(raw, 28, 27 + size),
-        expires = 0,
-      }
+      magic, state, token, since, attempt, fingerprint = unpack(HEAD, raw)
+      expires = 0
     end
   end
-  return nil, redis.error_reply('FOREIGN the bytes under this key are no record of ours')
+  if magic ~= 209 then return redis.error_reply('FOREIGN the bytes under this key are no record of ours') end
 end
+local time = call('TIME')
+local now = time[1] * 1000000 + time[2]
+local is_expired = raw and expires ~= 0 and expires <= now
+local is_gone = not raw or state == 'W' or is_expired
 
 -- Store a running, unknown or withdrawn record; `expires` 0: it stays until it is settled.
-local function store(key, now, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner)
-  local raw = head(state, token, since, attempt, fingerprint)
-    .. pack3(lease, lease_until, expires) .. string.char(#owner) .. owner
+local function store(state, token, since, attempt, fingerprint, lease, lease_until, expires, owner)
+  local raw = pack(
+    OPEN, 209, state, token, since, attempt, #fingerprint, fingerprint, lease, lease_until, expires, #owner, owner
+  )
   if expires == 0 then
     call('SET', key, raw)
   else
-    call('SET', key, raw, 'PX', string.format('%d', math.max(1, math.ceil((expires - now) / 1000))))
+    call('SET', key, raw, 'PX', string.format('%d', math.ceil((expires - now) / 1000)))
   end
-end
-
--- Restart the lease of `row` from now on; its retention moves along.
-local function hold(key, now, row, state, since, lease)
-  local expires = row.expires
-  if expires ~= 0 and row.lease_until ~= 0 then
-    expires = now + lease + math.max(0, expires - row.lease_until)
-  end
-  store(key, now, state, row.token, since, row.attempt, row.fingerprint, lease, now + lease, expires, row.owner)
-end
-
-local function expired(row, now)
-  return row.expires ~= 0 and row.expires <= now
-end
-
-local function gone(row, now)
-  return row == nil or row.state == 'W' or expired(row, now)
-end
-
--- Tell those who wait: of the line for a lock, KEYS[2], the first who still listens, else everybody.
-local function wake(key)
-  local first = KEYS[2] and redis.pcall('ZPOPMIN', KEYS[2])
-  while first and first[1] do
-    local heard = redis.pcall('PUBLISH', key .. '#' .. first[1], '')
-    if type(heard) == 'number' and heard > 0 then return end
-    first = redis.pcall('ZPOPMIN', KEYS[2])
-  end
-  redis.pcall('PUBLISH', key, '')
 end
 
 local DONE, STALE, GONE = 1, 2, 3
-
--- The answer to the owner of `token` where there is no record: a tombstone may tell that it was overtaken.
-local function without(row, now, token)
-  if row and token and row.token > token and not expired(row, now) then return STALE end
-  return GONE
-end
