@@ -55,6 +55,7 @@ async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
         except BaseException:  # a signal handler's: nobody is to wait behind a place that is empty
             rooms.leave(held, place, driver.now())
             raise
+    await driver.still(held)
     held.report("busy")
     return False
 
@@ -139,6 +140,8 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
         held.report_wait()
         patience = max(0.001, reply.lease_left if left is None else min(left, reply.lease_left))
         place.trust(now, now + patience + trust)
+        if plan.heartbeat and held.beating is None:
+            driver.expect(held)
         try:
             await plan.backend.changed(rid, token=reply.token, timeout=patience)
         except BackendError as error:  # the next claim tells whether the backend is out
@@ -185,6 +188,7 @@ async def withdraw(driver: Driver, held: Held, error: BaseException) -> None:
     if held.inherited or held.over:
         return
     try:
+        await driver.still(held)
         if held.fence is not None and not held.claiming:
             await release(driver, held)
         elif held.claiming and (driver.now() < held.answer_due or not isinstance(error, Exception)):

@@ -90,6 +90,9 @@ class AsyncDriver(Generic[B]):
     def waiter(self) -> TaskWaiter:
         return TaskWaiter()
 
+    def expect(self, run: B) -> None:
+        """Nothing has to be made ready."""
+
     def beat(self, run: B) -> None:
         run.beating = _Beats(self, run)
 

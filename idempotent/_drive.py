@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import threading
 import time
@@ -212,14 +213,22 @@ class SyncDriver(Generic[B]):
     def waiter(self) -> ThreadWaiter:
         return ThreadWaiter()
 
+    def expect(self, run: B) -> None:
+        """`run` waits, and may soon be to be renewed: start the thread meanwhile."""
+        with contextlib.suppress(RuntimeError):  # no more threads: `beat` tells
+            self._heart(run).add(run, math.inf)
+
     def beat(self, run: B) -> None:
+        self._heart(run).add(run, time.monotonic() + run.plan.lease / 3)
+
+    def _heart(self, run: B) -> Heart[B]:
         backend = run.plan.backend
         heart = self._heart_of.get(backend)
         if heart is None:
             with _lock:
                 heart = self._heart_of.setdefault(backend, Heart(functools.partial(self._renew, self)))
         run.beating = heart
-        heart.add(run, time.monotonic() + run.plan.lease / 3)
+        return heart
 
     async def still(self, run: B) -> None:
         heart = run.beating

@@ -93,6 +93,10 @@ class Driver(Protocol):
         """A wait of the caller's own, that other threads and loops can end."""
         ...
 
+    def expect(self, run: "Held | Watch") -> None:
+        """Make ready to beat for `run`, which waits; `still` ends this, too."""
+        ...
+
     def beat(self, run: "Held | Watch") -> None:
         """Await `run.beat` after a third of its lease, and whenever it says."""
         ...
