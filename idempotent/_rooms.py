@@ -169,6 +169,7 @@ class Held:
         "release_sent",
         "rid",
         "tell",
+        "user",
         "valid_until",
         "waited",
         "watch",
@@ -199,8 +200,10 @@ class Held:
         self.release_sent: float | None = None
         self.beating: Any = None
         """The driver's own mark while it beats for this hold."""
-        self.tell: Callable[[], None] | None = None
+        self.tell: Callable[[Held], None] | None = None
         """Does what `on_lost` says, without delay and without blocking."""
+        self.user: weakref.ref[Any] | None = None
+        """The caller's own object for this hold: once nobody refers to that, nobody can release it."""
         self.watch = None if plan.on_lost == "raise" else Watch(self)
         self.forks = forks()
 
@@ -246,11 +249,11 @@ class Held:
         rooms.give_up(self)
         self.report("lease_lost")
         if self.tell is not None:
-            self.tell()
+            self.tell(self)
 
     async def beat(self, driver: Driver) -> float | None:
         """Renew the lease once. Seconds until the next beat; None: there is none."""
-        if self._over_here():
+        if self._over_here() or self._is_dropped():
             return None
         plan, sent = self.plan, driver.now()
         if sent >= self.valid_until:
@@ -279,6 +282,15 @@ class Held:
     def _over_here(self) -> bool:
         # Once a release was sent, a renewal that finds nothing is no loss.
         return self.over or self._lost or self.inherited or self.release_sent is not None
+
+    def _is_dropped(self) -> bool:
+        """Nobody can release it, so its lease is to run out: an exception came between the grant and the caller."""
+        if self.user is None or self.user() is not None:
+            return False
+        self.plan.rooms.give_up(self)
+        if self.watch is None:  # else that one tells, at the lease's end
+            self.report("lease_lost")
+        return True
 
     def report_wait(self) -> None:
         """Tell the hooks, once, that it has to wait."""

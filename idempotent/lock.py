@@ -8,6 +8,7 @@ locking", 2016).
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +26,8 @@ from idempotent.errors import IdempotencyError, LockError, LockTimeout
 from idempotent.keys import Binder, check_key
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
     from idempotent._aio import AsyncDriver
 
 __all__ = ["AsyncHold", "AsyncLock", "Hold", "Lock", "LockInfo", "serialized"]
@@ -150,20 +153,28 @@ class Hold(_Hold):
             finish(lambda: flow.release(SYNC, self._held))
             raise
 
-    def _tell(self) -> None:
-        on_lost = self._held.plan.on_lost
-        if callable(on_lost):
-            # Not on the heartbeat's thread: what it calls, release() for one, may wait for that one.
-            threading.Thread(target=on_lost, args=(self,), name="idempotent-lost", daemon=True).start()
-
     def _end(self, error: BaseException | None) -> None:
-        ending = Ending(self._held, error)
+        ending: Ending | None = None
         try:
+            ending = Ending(self._held, error)
             drive(ending.run(SYNC))
         except BaseException:
-            finish(lambda: ending.run(SYNC))
+            finish(lambda: (ending or Ending(self._held, error)).run(SYNC))
             raise
         ending.tell()
+
+
+def _user_of(held: Held) -> Any:
+    """The Hold or AsyncHold that the caller was given; None: nobody has it any more."""
+    return None if held.user is None else held.user()
+
+
+def _tell(held: Held) -> None:
+    on_lost = held.plan.on_lost
+    if callable(on_lost):
+        hold = _user_of(held) or Hold(held)
+        # Not on the heartbeat's thread: what it calls, release() for one, may wait for that one.
+        threading.Thread(target=on_lost, args=(hold,), name="idempotent-lost", daemon=True).start()
 
 
 _leaving: set[Any] = set()
@@ -209,17 +220,8 @@ class AsyncHold(_Hold):
 
         await finish(lambda: flow.release(_async(), self._held))
 
-    def _tell(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._tell_here)
-        except RuntimeError:  # the loop is closed: nobody is there to be told
-            pass
-
-    def _tell_here(self) -> None:
-        on_lost = self._held.plan.on_lost
-        if callable(on_lost):
-            on_lost(self)
-        elif self._task is not None and not self._ended and not self._held.over:
+    def _cancel(self) -> None:
+        if self._task is not None and not self._ended and not self._held.over:
             self._cancelled = self._task.cancel()
 
     async def _end(self, error: BaseException | None) -> None:
@@ -251,6 +253,21 @@ class AsyncHold(_Hold):
         if cancelled_too:
             raise asyncio.CancelledError
         ending.tell()
+
+
+def _tell_async(loop: "AbstractEventLoop", held: Held) -> None:
+    try:
+        loop.call_soon_threadsafe(_tell_here, held)
+    except RuntimeError:  # the loop is closed: nobody is there to be told
+        pass
+
+
+def _tell_here(held: Held) -> None:
+    on_lost, hold = held.plan.on_lost, _user_of(held)
+    if callable(on_lost):
+        on_lost(hold or AsyncHold(held))
+    elif hold is not None:
+        hold._cancel()
 
 
 class _Options:
@@ -323,8 +340,9 @@ def _timeout(plan: Plan, rid: RecordId) -> LockTimeout:
 def _take(plan: Plan, rid: RecordId, wait: float | None) -> Hold | None:
     held = Held(SYNC, plan, rid, Asker(is_async=False))
     hold = Hold(held)
+    held.user = weakref.ref(hold)
     if held.watch is not None:
-        held.tell = hold._tell
+        held.tell = _tell
     try:
         return hold if drive(flow.acquire(SYNC, held, wait)) else None
     except BaseException as error:
@@ -338,8 +356,9 @@ async def _take_async(plan: Plan, rid: RecordId, wait: float | None) -> AsyncHol
     driver = _async()
     held = Held(driver, plan, rid, Asker(is_async=True))
     hold = AsyncHold(held)
+    held.user = weakref.ref(hold)
     if held.watch is not None:
-        held.tell = hold._tell
+        held.tell = functools.partial(_tell_async, hold._loop)
     try:
         return hold if await flow.acquire(driver, held, wait) else None
     except GeneratorExit:  # the coroutine is thrown away and can await nothing: the lease is left to run out
@@ -373,6 +392,14 @@ class _Entered(Generic[H]):
 
     def add(self, hold: H) -> None:
         self._holds.append(hold)
+
+    def drop(self, *, is_async: bool) -> list[H]:
+        """Take away what this thread or task has entered, for when a signal handler's exception has broken in."""
+        me = Asker(is_async=is_async)
+        mine = [hold for hold in self._holds if hold._held.asker.is_me(me)]
+        for hold in mine:
+            self._holds.remove(hold)
+        return mine
 
     def pop(self, *, is_async: bool) -> H:
         """The hold whose block ends: the last of this thread or task, else the oldest.
@@ -460,6 +487,8 @@ class Lock:
     def acquire(self, wait: Duration | None | Default = DEFAULT) -> Hold | None:
         """The lock, held; None when time runs out.
 
+        Keep the hold: one that nobody refers to any more is not renewed, and the lock is free when its lease ends.
+
         Args:
             wait: seconds or timedelta; 0: try once; None: for ever. Default: the lock's own.
 
@@ -475,13 +504,25 @@ class Lock:
         hold = _take(plan, self._rid, plan.wait)
         if hold is None:
             raise _timeout(plan, self._rid)
-        self._entered.add(hold)
-        return hold
+        try:
+            self._entered.add(hold)
+            return hold
+        except BaseException:  # a signal handler's: there will be no __exit__
+            self._entered.drop(is_async=False)
+            finish(lambda: flow.release(SYNC, hold._held))
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered.pop(is_async=False)._end(error)
+        try:
+            self._entered.pop(is_async=False)._end(error)
+        except Exception:
+            raise
+        except BaseException:  # a signal handler's: __exit__ is not called again
+            for hold in self._entered.drop(is_async=False):
+                finish(functools.partial(flow.release, SYNC, hold._held))
+            raise
 
     def locked(self) -> bool:
         """Whether anybody holds the lock at this moment."""
@@ -571,6 +612,8 @@ class AsyncLock:
     async def acquire(self, wait: Duration | None | Default = DEFAULT) -> AsyncHold | None:
         """The lock, held; None when time runs out. Cancelled meanwhile, nothing stays locked.
 
+        Keep the hold: one that nobody refers to any more is not renewed, and the lock is free when its lease ends.
+
         Args:
             wait: seconds or timedelta; 0: try once; None: for ever. Default: the lock's own.
 
@@ -586,13 +629,24 @@ class AsyncLock:
         hold = await _take_async(plan, self._rid, plan.wait)
         if hold is None:
             raise _timeout(plan, self._rid)
-        self._entered.add(hold)
-        return hold
+        try:
+            self._entered.add(hold)
+            return hold
+        except BaseException:  # a signal handler's: there will be no __aexit__, and nobody to await the release
+            self._entered.drop(is_async=True)
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._entered.pop(is_async=True)._end(error)
+        try:
+            hold = self._entered.pop(is_async=True)
+        except Exception:
+            raise
+        except BaseException:
+            self._entered.drop(is_async=True)
+            raise
+        await hold._end(error)
 
     async def locked(self) -> bool:
         """Whether anybody holds the lock at this moment."""

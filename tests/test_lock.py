@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import copy
+import dis
+import functools
 import gc
 import json
 import logging
@@ -20,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -1169,6 +1172,60 @@ def test_cancelled_while_waiting_in_line_and_at_the_backend(backend_url: str, _f
     asyncio.run(main())
 
 
+def test_a_waiter_that_is_cancelled_takes_no_wake_up_with_it(backend_url: str, _fresh: contextlib.ExitStack) -> None:
+    """Of the waiters of three processes the first is cancelled, before the release or just after: the next is woken."""
+    limit = 0.1 if backend_url.startswith(("local", "redis")) else 0.5
+
+    async def main() -> None:
+        locks = [AsyncLock("l", backend=apart(backend_url, _fresh)) for _ in range(3)]
+        for before in (True, False):
+            took: list[float] = []
+            while len(took) < 5 and min(took, default=1) > limit:
+                hold = await locks[0].acquire()
+                assert hold is not None
+                first = asyncio.create_task(locks[1].acquire())
+                await asyncio.sleep(0.2)
+                second = asyncio.create_task(locks[2].acquire())
+                await asyncio.sleep(0.2)
+                if before:
+                    await cancelled(first)
+                began = time.monotonic()
+                await hold.release()
+                if not before:
+                    first.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await (await first).release()
+                theirs = await second
+                took.append(time.monotonic() - began)
+                await theirs.release()
+            assert min(took) <= limit, took
+        assert only_this_task()
+
+    asyncio.run(main())
+
+
+def test_ctrl_c_while_waiting_takes_no_wake_up_with_it(backend_url: str, _fresh: contextlib.ExitStack) -> None:
+    limit = 0.1 if backend_url.startswith(("local", "redis")) else 0.5
+    locks = [Lock("l", backend=apart(backend_url, _fresh)) for _ in range(3)]
+    took: list[float] = []
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        while len(took) < 5 and min(took, default=1) > limit:
+            hold = start(locks[0].acquire).result(30)
+            behind = start(lambda: time.sleep(0.2) or locks[2].acquire())
+            signal.setitimer(signal.ITIMER_REAL, 0.4)
+            with pytest.raises(KeyboardInterrupt):
+                locks[1].acquire()
+            began = time.monotonic()
+            hold.release()
+            behind.result(30).release()
+            took.append(time.monotonic() - began)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert min(took) <= limit, took
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_cancelled_while_releasing_it_is_released(backend_url: str, when: str) -> None:
     async def main() -> None:
@@ -1297,6 +1354,98 @@ def test_ctrl_c_at_the_claim_and_at_the_release_leaves_no_lock() -> None:
     with pytest.raises(KeyboardInterrupt):
         hold.release()
     assert not lock.locked()
+
+
+def interrupted(step: int, body: Callable[[], None], spare: str) -> bool:
+    """Call `body` and raise KeyboardInterrupt in our code at the `step`-th place where a signal handler can run.
+
+    These are, in CPython, the beginning of a function, and the end of a call and of a loop's round. Those of functions
+    named `spare` are left out. Returns whether there are so many.
+    """
+    folder = str(Path(_rooms.__file__).parent)
+    left, last = step, dict[FrameType, int]()
+
+    def reached() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    def within(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "opcode":
+            before, last[frame] = last.get(frame), frame.f_lasti
+            if before is not None and dis.opname[_code(frame.f_code)[before]].startswith(("CALL", "JUMP_BACKWARD")):
+                reached()
+        return within
+
+    def enter(frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        if frame.f_code.co_name != spare:
+            reached()
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return within
+
+    tracer = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        body()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracer)
+        last.clear()
+    return left <= 0
+
+
+@functools.cache
+def _code(code: CodeType) -> bytes:
+    return code.co_code
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ctrl_c_at_any_instruction_leaves_no_lock_for_longer_than_its_lease(shared: bool) -> None:
+    backend = LocalBackend()
+    lock = Lock("l", backend=backend, lease=0.3)
+
+    def body() -> None:
+        with lock if shared else Lock("l", backend=backend, lease=0.3) as hold:
+            hold.extend()
+
+    other = Lock("l", backend=backend)
+    # The first instruction of __exit__ is out of reach: whoever is interrupted there leaves a shared Lock its hold.
+    step, spare = 1, "__exit__" if shared else ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that were never awaited
+        while interrupted(step, body, spare):
+            hold = start(other.acquire, wait=20).result(30)
+            assert hold is not None, step
+            hold.release()
+            with lock:  # nor does this thread stand in its own way
+                pass
+            step += 1
+    assert step > 100
+
+
+def test_a_hold_that_nobody_has_any_more_is_not_renewed(kind: Kind, backend_url: str) -> None:
+    told: list[str] = []
+    configure(hooks=[lambda event: told.append(event.name)])
+    lock = kind.lock(backend=backend_url, lease=0.6)
+    lock.acquire()
+    assert start(lock.acquire, wait=0).result(30) is None
+    hold = start(lock.acquire, wait=20).result(30)
+    assert hold is not None
+    assert "lease_lost" in told
+    hold.release()
+
+
+def test_on_lost_is_called_for_a_hold_that_nobody_has_any_more(kind: Kind) -> None:
+    told: list[Any] = []
+    lock = kind.lock(backend=LocalBackend(), lease=0.3, on_lost=told.append)
+    token = lock.acquire().token
+    eventually(lambda: told)
+    assert told[0].token == token
+    assert told[0].lost
 
 
 # ------------------------------------------------------------------------------------------------- processes and forks

@@ -8,6 +8,7 @@ replies may be asked for again.
 """
 
 import asyncio
+import contextlib
 import copy
 import errno
 import hashlib
@@ -82,6 +83,9 @@ _CONNECTIONS = 64
 _PLACE = 5.0
 """Seconds for which a place in a lock's line is kept after it was last asked for."""
 
+_LEAVING = 0.5
+"""Seconds that a waiter who is cancelled takes at the longest to leave the line."""
+
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
 # redis-py makes classes of some error codes and cuts them off the text; others stay in the text.
@@ -107,7 +111,8 @@ _CLAIM = _Script("lease", "claim")
 _RENEW = _Script("owner", "lease", "renew")
 _SETTLE = _Script("owner", "wake", "settle")
 _RELEASE = _Script("wake", "release")
-_READ, _FORGET, _WAIT = _Script("read"), _Script("wake", "forget"), _Script("wait")
+_READ, _FORGET = _Script("read"), _Script("wake", "forget")
+_WAIT, _LEAVE = _Script("wait"), _Script("wake", "leave")
 
 
 class _Link(Protocol):
@@ -305,10 +310,20 @@ class RedisBackend(Backend):
             await poll(runs, link.sleep, timeout)
         elif rid.space == LOCKS:
             channel = f"{channel}#{self._turn}"
-            await listener.changed(channel, link.waiter(), stands_in_line, link.sleep, timeout, self.timeout)
+            try:
+                await listener.changed(channel, link.waiter(), stands_in_line, link.sleep, timeout, self.timeout)
+            except GeneratorExit:  # thrown away: it can ask for nothing
+                raise
+            except BaseException:  # cancelled: no claim follows, and a wake-up must not end here
+                await self._leave_line(rid)
+                raise
             self._forget_places()
         else:
             await listener.changed(channel, link.waiter(), runs, link.sleep, timeout, self.timeout)
+
+    async def _leave_line(self, rid: RecordId) -> None:
+        with contextlib.suppress(BackendError):  # those behind look again by themselves, if later
+            await self._run(_LEAVE, rid, (self._turn,), min(self.timeout, _LEAVING))
 
     def _forget_places(self) -> None:
         """Forget places in lines that nobody came back for."""
