@@ -171,7 +171,7 @@ class Heart(Generic[B]):
                 while (run := self._next()) is not None:
                     if self._spare:
                         self._changed.notify_all()
-                    elif self._due:
+                    elif min(self._due.values(), default=math.inf) < math.inf:
                         self._try_start()
                     self._changed.release()
                     try:

@@ -35,6 +35,7 @@ from idempotent import (
     BackendError,
     BackendUnavailable,
     Hold,
+    InvalidKey,
     KeyRequired,
     LocalBackend,
     Lock,
@@ -566,6 +567,83 @@ def test_a_hold_released_on_another_loop_during_a_renewal_is_not_lost() -> None:
         loop.close()
     assert not hold.lost
     assert told == ["claimed", "released"]
+
+
+def test_a_wait_may_outlast_the_backends_timeout(
+    kind: Kind, shared_backend_url: str, _fresh: contextlib.ExitStack
+) -> None:
+    hold = kind.lock(backend=shared_backend_url).acquire()
+    waiter = start(
+        kind.lock(backend=apart(f"{shared_backend_url}{_and(shared_backend_url)}timeout=0.5", _fresh)).acquire
+    )
+    time.sleep(1.2)
+    assert not waiter.done()
+    hold.release()
+    waiter.result(30).release()
+
+
+def _and(url: str) -> str:
+    return "&" if "?" in url else "?"
+
+
+def test_a_wait_too_short_for_an_answer_is_still_one_try(
+    kind: Kind, backend_url: str, _fresh: contextlib.ExitStack
+) -> None:
+    lock = kind.lock(backend=backend_url)
+    for wait in (0, 1e-9, timedelta(microseconds=1), timedelta(0)):
+        hold = lock.acquire(wait=wait)
+        assert hold is not None
+        assert start(kind.lock(backend=apart(backend_url, _fresh)).acquire, wait=wait).result(30) is None
+        assert start(lock.acquire, wait=wait).result(30) is None
+        hold.release()
+
+
+@pytest.mark.parametrize("wait", [-1, timedelta(seconds=-1), float("nan"), float("inf"), "1", True])
+def test_a_wait_that_is_none_is_refused_when_asked(kind: Kind, wait: Any) -> None:
+    lock = kind.lock(backend=LocalBackend())
+    with pytest.raises((ValueError, TypeError), match="wait must be"):
+        lock.acquire(wait=wait)
+    assert not lock.locked()
+
+
+def test_a_lease_of_milliseconds_is_one(kind: Kind, backend_url: str, _fresh: contextlib.ExitStack) -> None:
+    """A backend that takes longer than that to answer is no holder: then there is no hold."""
+    lock = kind.lock(backend=backend_url, lease=0.02, heartbeat=False)
+    assert not lock.locked()
+    hold = lock.acquire(wait=10)
+    if hold is not None:
+        assert hold.remaining() <= 0.02
+        eventually(lambda: hold.lost)
+    other = kind.lock(backend=apart(backend_url, _fresh)).acquire(wait=10)
+    assert other is not None
+    assert hold is None or other.token > hold.token
+    other.release()
+
+
+def test_any_text_without_control_characters_is_a_name(kind: Kind, backend_url: str) -> None:
+    names = [" ", "l", "L", "é", "e\u0301", "漢字 🦄", "a:b{c}d#e*?[x]", "%s'\"; --", "x" * 1023, "x" * 1024]
+    locks = [kind.lock(name, backend=backend_url) for name in names]
+    holds = [lock.acquire(wait=0) for lock in locks]  # none is another's
+    assert None not in holds
+    for lock, hold in zip(locks, holds, strict=True):
+        assert start(lock.acquire, wait=0).result(30) is None
+        assert lock.info().token == hold.token
+        hold.release()
+        assert not lock.locked()
+    for name, says in (("x" * 1025, "1025"), ("a\0b", "control"), ("a\nb", "control"), (b"x", "text"), (5, "text")):
+        with pytest.raises(InvalidKey, match=says):
+            kind.lock(name, backend=backend_url)  # type: ignore[arg-type]
+
+
+def test_all_keys_of_a_lock_are_in_one_slot_of_a_cluster() -> None:
+    from redis.crc import key_slot
+
+    from idempotent import RedisBackend
+
+    backend = RedisBackend("redis://127.0.0.1:1")
+    for name in ("l", "a}b", "{}", "{a}{b}"):
+        key = backend._key(RecordId("n", name, LOCKS))
+        assert key_slot(key.encode()) == key_slot(f"{key}:line".encode())
 
 
 # ------------------------------------------------------------------------------------------- releasing what one has not
@@ -1605,6 +1683,27 @@ def test_a_forked_child_holds_nothing_and_frees_nothing(shared_backend_url: str)
     if os.getpid() != parent:
         os._exit(2)
     assert not lock.locked()
+
+
+def test_a_child_forked_in_an_async_block_holds_nothing_and_frees_nothing(shared_backend_url: str) -> None:
+    async def main() -> None:
+        lock = AsyncLock("l", backend=shared_backend_url)
+        async with lock as hold:
+            child = os.fork()
+            if child == 0:
+                refused = 0
+                for call, expected in ((hold.extend, LockLost), (hold.release, NotHeld)):
+                    try:
+                        await call()
+                    except expected:
+                        refused += 1
+                os._exit(7 if hold.lost and not hold.remaining() and refused == 2 else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            hold.check()
+            assert await asyncio.create_task(lock.acquire(wait=0)) is None
+        assert not await lock.locked()
+
+    asyncio.run(main())
 
 
 # ------------------------------------------------------------------------------------------------------ nothing is left
