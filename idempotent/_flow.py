@@ -297,8 +297,10 @@ async def _settle_dead(run: Run, over: int, codec: str, body: bytes, *, failed: 
     return Settled(failed, reply.token, 0.0, codec, body)
 
 
-async def settle(driver: Driver, run: Run, value: Any) -> Replay:
+async def settle(driver: Driver, run: Run, value: Any, ttl: float | None = None) -> Replay:
     """Record the value that the function returned, and return what a replay of it would.
+
+    It is kept for `ttl` seconds; None: for the plan's.
 
     Raises:
         LeaseLost: another attempt took over; the value is not returned.
@@ -311,7 +313,7 @@ async def settle(driver: Driver, run: Run, value: Any) -> Replay:
         codec, body, result = _encode(run, value)
         settled, stored = Settled(False, 0, 0.0, codec, body), False
         if not run.unprotected:
-            settled, stored = await _record(driver, run, settled, plan.ttl)
+            settled, stored = await _record(driver, run, settled, plan.ttl if ttl is None else ttl)
             run.report("completed" if stored else "not_stored")
         plan.flights.land(run, settled, stored=stored)
     finally:

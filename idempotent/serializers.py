@@ -22,6 +22,7 @@ __all__ = [
     "Encrypted",
     "PickleSerializer",
     "Serializer",
+    "codec_around",
     "codec_for",
     "decode_error",
     "encode_error",
@@ -86,6 +87,18 @@ def codec_for(function: Callable[..., Any], serializer: Any) -> Codec:
     if isinstance(serializer, PickleSerializer):
         return _Wrapped(serializer, None)
     return _Foreign(serializer)
+
+
+def codec_around(serializer: Any, innermost: Codec) -> Codec:
+    """`innermost` in the wrappers that `serializer` names, for what is no function's result; None: in none.
+
+    Raises TypeError if they are around anything else.
+    """
+    if serializer is None:
+        return innermost
+    if isinstance(serializer, _Wrapper):
+        return _Wrapped(serializer, codec_around(serializer.inner, innermost))
+    raise TypeError(f"serializer must be Compressed(...) or Encrypted(...) around nothing, not {serializer!r}")
 
 
 class _Foreign:

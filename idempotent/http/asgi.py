@@ -1,0 +1,336 @@
+"""`Idempotency-Key` for ASGI: FastAPI, Starlette, Litestar, Quart and any other application.
+
+The middleware belongs inside what authenticates: a replay then passes authentication again, like any other request.
+"""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Unpack
+
+import idempotent.http._tasks as _tasks
+from idempotent.http._exchange import Exchange, NotKept, Service
+from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, Refused, Request, Response, operation
+
+if TYPE_CHECKING:
+    from fastapi.routing import APIRoute
+
+__all__ = ["IdempotencyMiddleware", "route_class"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_SEEN = "idempotent.http"
+"""Marks a scope that is being served: a second middleware further in leaves it alone."""
+
+_CLAIMING = "__idempotent_http__"
+"""Marks an endpoint that is wrapped: routers that are included make its route anew."""
+_HIDDEN = frozenset(
+    ("http.response.pathsend", "http.response.zerocopysend", "http.response.trailers", "http.response.push")
+)
+"""Extensions by which an answer would pass the middleware by."""
+
+
+class IdempotencyMiddleware:
+    """Serve requests that carry a key once, and replay the answer to their duplicates.
+
+    Args:
+        app: the application.
+        options: see `idempotent.http.Options`; `scope` is required.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it.
+    """
+
+    def __init__(self, app: App, **options: Unpack[Options]) -> None:
+        self.app = app
+        self._service = Service(_tasks.ASYNC, options, is_async=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, as ASGI says; websockets and lifespan are left alone."""
+        if scope["type"] != "http" or _SEEN in scope:
+            await self.app(scope, receive, send)
+            return
+        try:
+            exchange = await _exchange(self._service, scope, receive)
+        except Refused as refused:
+            await _answer(send, refused.answer)
+            return
+        except _Gone:
+            return
+        if exchange is None:
+            await self.app(scope, receive, send)
+            return
+        answer = await _tasks.begin(exchange)
+        if answer is not None:
+            await _answer(send, answer)
+            return
+        await _tasks.uninterrupted(_run(self.app, exchange, scope, receive, send))
+
+
+class _Gone(Exception):
+    """The client left before it had sent its request."""
+
+
+async def _exchange(service: Service, scope: Scope, receive: Receive) -> Exchange | None:
+    """The request with its key and body; None: it is none of ours. Raises Refused, _Gone."""
+    if scope["method"] not in service.rules.methods:
+        return None
+    query = scope.get("query_string", b"").decode("latin-1")
+    request = Request(scope["method"], scope["path"], query, Headers(scope["headers"]), scope)
+    key = service.key_of(request)
+    if key is None:
+        return None
+    service.rules.length_of(request)
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise _Gone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > service.rules.max_body:
+            raise Refused(service.rules.problem("body-too-large"))
+        parts.append(part)
+        more = message.get("more_body", False)
+    return Exchange(service, request, key, b"".join(parts))
+
+
+async def _answer(send: Send, response: Response) -> None:
+    await send({"type": "http.response.start", "status": response.status, "headers": response.headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+async def _run(app: App, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    """Have the application answer, and record the answer as soon as it is whole: background tasks come after it."""
+    # In place: who is further out reads here which route it was.
+    scope[_SEEN] = True
+    extensions = scope.get("extensions")
+    if extensions:
+        scope["extensions"] = {name: value for name, value in extensions.items() if name not in _HIDDEN}
+    taken = _Taken(exchange, receive, send)
+    try:
+        if exchange.open:
+            with exchange.running():
+                await app(scope, taken.receive, taken.send)
+        else:
+            await app(scope, taken.receive, taken.send)
+        await taken.returned()
+    except BaseException as error:
+        await taken.raised(error)
+        raise
+    finally:
+        taken.over.set()
+
+
+class _Taken:
+    """What the application receives and sends: the whole request, and an answer that is held back until it is recorded.
+
+    A stream (an answer in parts whose length is not said) and what is larger than `max_response` is passed on as it
+    comes, and recorded as done when the application returns.
+    """
+
+    def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        self._exchange = exchange
+        self._receive = receive
+        self._send = send
+        self._unread = True
+        self._start: Message | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._streams = False
+        self._gone = False
+        """The client is, in the midst of a stream."""
+        self.over = asyncio.Event()
+        """There is nothing left to wait for: the answer is whole, or is a stream."""
+
+    async def receive(self) -> Message:
+        """The request's body at once. A client that leaves is not told of: the run goes on and its answer is kept."""
+        if self._unread:
+            self._unread = False
+            return {"type": "http.request", "body": self._exchange.body, "more_body": False}
+        await self.over.wait()
+        return await self._receive() if self._streams else {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Take what belongs to the answer; anything else is passed on."""
+        kind = message["type"]
+        if not self._exchange.open or kind not in ("http.response.start", "http.response.body"):
+            await self._send(message)
+        elif self._streams:
+            await self._pass_on(message)
+        elif kind == "http.response.start":
+            self._start = message
+        elif self._start is not None:
+            more = message.get("more_body", False)
+            part = bytes(message.get("body", b""))
+            self._parts.append(part)
+            self._size += len(part)
+            if self._is_too_much(self._start, more=more):
+                await self._begin_to_stream(self._start, more=more)
+            elif not more:
+                await self._finish(self._start)
+
+    def _is_too_much(self, start: Message, *, more: bool) -> bool:
+        limit = self._exchange.service.rules.max_response
+        if self._size > limit:
+            return True
+        length = Headers(start.get("headers", ())).get("content-length")
+        if length is None:
+            return more and start["status"] not in BODILESS
+        return not length.isdecimal() or int(length) > limit
+
+    async def _begin_to_stream(self, start: Message, *, more: bool) -> None:
+        self._streams = True
+        self.over.set()
+        headers = list(start.get("headers", ()))
+        if self._exchange.service.rules.kept_for(start["status"]) is not None:
+            headers.append(NOT_STORED)
+        await self._pass_on({**start, "headers": headers})
+        await self._pass_on({"type": "http.response.body", "body": b"".join(self._parts), "more_body": more})
+        self._parts.clear()
+
+    async def _pass_on(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # as ASGI says of a client that is gone
+            self._gone = True
+            raise
+
+    async def _finish(self, start: Message) -> None:
+        headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
+        response = Response(start["status"], headers, b"".join(self._parts))
+        answer = await _tasks.settle(self._exchange, response)
+        self.over.set()
+        await self._send({**start, "status": answer.status, "headers": answer.headers})
+        await self._send({"type": "http.response.body", "body": answer.body})
+
+    async def returned(self) -> None:
+        """The application has returned: a stream is over; an answer that is not whole is none."""
+        if not self._exchange.open:
+            return
+        if self._streams and self._start is not None:
+            await _tasks.settle(self._exchange, Response(self._start["status"]), whole=False)
+            return
+        await _tasks.failed(self._exchange, NotKept("no answer"))
+        if self._start is not None:
+            await self._send(self._start)
+            await self._send({"type": "http.response.body", "body": b"".join(self._parts), "more_body": True})
+
+    async def raised(self, error: BaseException) -> None:
+        """The application has raised: the key is free, unless all that failed was to reach the client."""
+        if not self._exchange.open:
+            return
+        if self._gone and isinstance(error, Exception):
+            await self.returned()
+        else:
+            await _tasks.failed(self._exchange, error)
+
+
+_pending: ContextVar[Exchange | None] = ContextVar("idempotent_http_exchange", default=None)
+
+
+def route_class(**options: Unpack[Options]) -> "type[APIRoute]":
+    """A route class for a FastAPI router: `APIRouter(route_class=route_class(scope=...))`.
+
+    Its routes claim the key when their dependencies have run, those that authenticate among them, and the body has been
+    validated: a request that fails there is never recorded, and a replay has passed there again. What the dependencies
+    put on `request.state` is in `request.native["state"]` for `scope`. OpenAPI shows the header and the problem answers.
+
+    Args:
+        options: see `idempotent.http.Options`; `scope` is required.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; at a route: its endpoint is a generator, which cannot be replayed.
+    """
+    from fastapi.routing import APIRoute
+
+    service = Service(_tasks.ASYNC, options, is_async=True)
+    rules = service.rules
+
+    class IdempotentRoute(APIRoute):
+        def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
+            methods = {method.upper() for method in kwargs.get("methods") or ("GET",)}
+            if methods & rules.methods and not hasattr(endpoint, _CLAIMING):
+                endpoint = _claiming(endpoint)
+                extra = operation(header=rules.header, required=rules.required)
+                kwargs["openapi_extra"] = _merged(kwargs.get("openapi_extra") or {}, extra)
+            super().__init__(path, endpoint, **kwargs)
+
+        async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if _SEEN in scope:
+                await super().handle(scope, receive, send)
+                return
+            try:
+                exchange = await _exchange(service, scope, receive)
+            except Refused as refused:
+                await _answer(send, refused.answer)
+                return
+            except _Gone:
+                return
+            # The endpoint runs in this context, and finds there what it is to claim.
+            pending = _pending.set(exchange)
+            try:
+                if exchange is None:
+                    await super().handle(scope, receive, send)
+                else:
+                    await _tasks.uninterrupted(_run(super().handle, exchange, scope, receive, send))
+            finally:
+                _pending.reset(pending)
+
+    return IdempotentRoute
+
+
+def _claiming(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The endpoint, which claims the key of the request that it is called for before it runs."""
+    if inspect.isgeneratorfunction(endpoint) or inspect.isasyncgenfunction(endpoint):
+        raise TypeError(
+            f"{endpoint.__qualname__} is a generator, whose stream cannot be replayed; put it on a router without this"
+            " route class"
+        )
+    is_async = inspect.iscoroutinefunction(endpoint)
+
+    @functools.wraps(endpoint)
+    async def claiming(*args: Any, **kwargs: Any) -> Any:
+        exchange = _pending.get()
+        if exchange is None:
+            return await _called(endpoint, is_async, args, kwargs)
+        answer = await _tasks.begin(exchange)
+        if answer is not None:
+            return _as_starlette(answer)
+        with exchange.running():
+            return await _called(endpoint, is_async, args, kwargs)
+
+    setattr(claiming, _CLAIMING, True)
+    return claiming
+
+
+async def _called(endpoint: Callable[..., Any], is_async: bool, args: Any, kwargs: Any) -> Any:
+    if is_async:
+        return await endpoint(*args, **kwargs)
+    from starlette.concurrency import run_in_threadpool
+
+    return await run_in_threadpool(endpoint, *args, **kwargs)
+
+
+def _as_starlette(answer: Response) -> Any:
+    from starlette.responses import Response as StarletteResponse
+
+    response = StarletteResponse(answer.body, answer.status)
+    response.raw_headers = list(answer.headers)
+    return response
+
+
+def _merged(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """The operation's own OpenAPI, which wins, and what the middleware adds to it."""
+    return {
+        **given,
+        "parameters": [*given.get("parameters", ()), *extra["parameters"]],
+        "responses": {**extra["responses"], **given.get("responses", {})},
+    }

@@ -1,0 +1,275 @@
+"""`Idempotency-Key` for WSGI: Flask, Bottle, Pyramid and any other application.
+
+The middleware belongs inside what authenticates. Where that happens in the application itself, as with Flask's
+extensions, let `scope` authenticate: it is asked for every request with a key, before anything is looked up, and may
+return a Response that refuses.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
+from typing import Any, Unpack
+
+from idempotent._drive import SYNC, drive, finish
+from idempotent.http._exchange import Exchange, NotKept, Service
+from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, Refused, Request, Response, Rules
+
+__all__ = ["IdempotencyMiddleware", "begin", "failed", "settle"]
+
+Environ = dict[str, Any]
+Lines = list[tuple[str, str]]
+StartResponse = Callable[..., Any]
+App = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+_SEEN = "idempotent.http"
+"""Marks an environ that is being served: a second middleware further in leaves it alone."""
+
+
+class IdempotencyMiddleware:
+    """Serve requests that carry a key once, and replay the answer to their duplicates.
+
+    Args:
+        app: the application.
+        options: see `idempotent.http.Options`; `scope` is required.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it.
+    """
+
+    def __init__(self, app: App, **options: Unpack[Options]) -> None:
+        self.app = app
+        self._service = Service(SYNC, options, is_async=False)
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve one request, as WSGI says."""
+        if _SEEN in environ or environ["REQUEST_METHOD"] not in self._service.rules.methods:
+            return self.app(environ, start_response)
+        request = _request(environ)
+        try:
+            key = self._service.key_of(request)
+            if key is None:
+                return self.app(environ, start_response)
+            body = _body(environ, request, self._service.rules)
+        except Refused as refused:
+            return _answer(start_response, refused.answer)
+        environ[_SEEN] = True
+        environ["wsgi.input"] = io.BytesIO(body)
+        environ["CONTENT_LENGTH"] = str(len(body))
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        exchange = Exchange(self._service, request, key, body)
+        answer = begin(exchange)
+        if answer is not None:
+            return _answer(start_response, answer)
+        return _Taken(exchange, start_response).run(self.app, environ)
+
+
+def begin(exchange: Exchange) -> Response | None:
+    """Claim the key; the answer to a duplicate or a refusal, or None: the application is to run."""
+    try:
+        return drive(exchange.begin())
+    except BaseException as error:
+        failed(exchange, error)
+        answer = exchange.refusal(error)
+        if answer is None:
+            raise
+        return answer
+
+
+def settle(exchange: Exchange, response: Response, *, whole: bool = True) -> Response:
+    """Record the answer; once more, if a signal handler raises meanwhile."""
+    step = functools.partial(exchange.settle, response, whole=whole)
+    try:
+        return drive(step())
+    except BaseException:
+        finish(step)
+        raise
+
+
+def failed(exchange: Exchange, error: BaseException) -> None:
+    """Free the key while `error` is on its way out."""
+    finish(functools.partial(exchange.abandon, error))
+
+
+def _request(environ: Environ) -> Request:
+    names = {name: name[5:] for name in environ if name.startswith("HTTP_")}
+    names |= {name: name for name in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(name)}
+    raw = [
+        (field.replace("_", "-").encode("latin-1"), str(environ[name]).encode("latin-1"))
+        for name, field in names.items()
+    ]
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    return Request(
+        environ["REQUEST_METHOD"],
+        path.encode("latin-1").decode("utf-8", "surrogateescape"),
+        environ.get("QUERY_STRING", ""),
+        Headers(raw),
+        environ,
+    )
+
+
+def _body(environ: Environ, request: Request, rules: Rules) -> bytes:
+    """The request's body. Raises Refused for one over the cap, and for one that ends before its length."""
+    length, source = rules.length_of(request), environ["wsgi.input"]
+    if length is None and not environ.get("wsgi.input_terminated"):
+        return b""  # as WSGI says: without a length there is no body
+    wanted = rules.max_body + 1 if length is None else length
+    parts: list[bytes] = []
+    while wanted > 0:
+        part = source.read(min(wanted, 1 << 16))
+        if not part:
+            break
+        parts.append(part)
+        wanted -= len(part)
+    if length is None and wanted <= 0:
+        raise Refused(rules.problem("body-too-large"))
+    if length is not None and wanted > 0:
+        raise Refused(Response(400, [(b"content-length", b"0")]))  # its client has gone
+    return b"".join(parts)
+
+
+def _answer(start_response: StartResponse, response: Response) -> list[bytes]:
+    start_response(_status_line(response.status), _lines(response))
+    return [response.body] if response.body else []
+
+
+def _status_line(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return f"{status} Unknown"
+
+
+def _lines(response: Response) -> Lines:
+    return [(name.decode("latin-1").title(), value.decode("latin-1")) for name, value in response.headers]
+
+
+class _Taken:
+    """What the application answers, held back until it is recorded.
+
+    A stream (an answer in parts whose length is not said) and what is larger than `max_response` is passed on as it
+    comes, and recorded as done when it ends.
+    """
+
+    def __init__(self, exchange: Exchange, start_response: StartResponse) -> None:
+        self._exchange = exchange
+        self._start_response = start_response
+        self._status = ""
+        self._headers: Lines = []
+        self._parts: list[bytes] = []
+        self._close: Callable[[], object] | None = None
+
+    def run(self, app: App, environ: Environ) -> Iterable[bytes]:
+        """Call the application; what the server is to send."""
+        try:
+            with self._exchange.running():
+                found = app(environ, self._start)
+                self._close = getattr(found, "close", None)
+                rest = self._collect(found)
+            if not self._status:
+                raise NotKept("the application has not called start_response")
+        except BaseException as error:
+            failed(self._exchange, error)
+            if self._close is not None:
+                self._close()
+            raise
+        if rest is not None:
+            return self._stream(rest)
+        answer = settle(self._exchange, self._response())
+        if answer.status == self._code:  # what is not replaced keeps its own reason phrase and spelling
+            extra = answer.headers[len(self._headers) :]
+            self._start_response(self._status, self._headers + _lines(Response(0, extra)))
+        else:
+            self._start_response(_status_line(answer.status), _lines(answer))
+        return _Body(iter([answer.body] if answer.body else []), self._close)
+
+    def _start(self, status: str, headers: Lines, exc_info: Any = None) -> Callable[[bytes], object]:
+        self._status, self._headers = status, list(headers)
+        return self._parts.append
+
+    @property
+    def _code(self) -> int:
+        return int(self._status[:3])
+
+    def _response(self) -> Response:
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers]
+        return Response(self._code, raw, b"".join(self._parts))
+
+    def _collect(self, found: Iterable[bytes]) -> Iterator[bytes] | None:
+        """Take the parts of the answer; the rest of it, if it is a stream or too much."""
+        limit = self._exchange.service.rules.max_response
+        is_counted = hasattr(found, "__len__")
+        rest = iter(found)
+        for part in rest:
+            self._parts.append(part)
+            length = Headers(self._response().headers).get("content-length") if self._status else None
+            known = is_counted or self._code in BODILESS if length is None else length.isdecimal()
+            if not known or sum(map(len, self._parts)) > limit or int(length or 0) > limit:
+                return rest
+        return None if sum(map(len, self._parts)) <= limit else rest
+
+    def _stream(self, rest: Iterator[bytes]) -> Iterable[bytes]:
+        headers = list(self._headers)
+        if self._exchange.service.rules.kept_for(self._code) is not None:
+            headers += _lines(Response(0, [NOT_STORED]))
+        self._start_response(self._status, headers)
+        return _Stream(self._exchange, Response(self._code), iter(self._parts), rest, self._close)
+
+
+class _Body:
+    """The parts of an answer, and the application's own `close`, which comes after they were sent."""
+
+    def __init__(self, parts: Iterator[bytes], close: Callable[[], object] | None) -> None:
+        self._parts = parts
+        self._close = close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._parts)
+
+    def close(self) -> None:
+        """As WSGI says: called by the server when it is through, or the client has gone."""
+        if self._close is not None:
+            self._close()
+
+
+class _Stream(_Body):
+    """A stream: what was taken of it, then the rest; recorded as done when it ends or the client leaves."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        response: Response,
+        taken: Iterator[bytes],
+        rest: Iterator[bytes],
+        close: Callable[[], object] | None,
+    ) -> None:
+        super().__init__(rest, close)
+        self._exchange = exchange
+        self._response = response
+        self._taken = taken
+
+    def __next__(self) -> bytes:
+        for part in self._taken:
+            return part
+        try:
+            return next(self._parts)
+        except StopIteration:
+            self._end()
+            raise
+        except BaseException as error:
+            if self._exchange.open:
+                failed(self._exchange, error)
+            raise
+
+    def _end(self) -> None:
+        if self._exchange.open:
+            settle(self._exchange, self._response, whole=False)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._end()
