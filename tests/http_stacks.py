@@ -25,6 +25,7 @@ if not settings.configured:
     settings.configure(
         ALLOWED_HOSTS=["*"],
         DEBUG=False,
+        INSTALLED_APPS=["django.contrib.contenttypes", "django.contrib.auth"],
         LOGGING_CONFIG=None,
         MIDDLEWARE=MIDDLEWARE,
         ROOT_URLCONF="http_stacks",

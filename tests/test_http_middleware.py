@@ -99,9 +99,7 @@ def test_a_key_with_another_request_is_refused_with_422(stack_type: type[Stack],
     assert stack.post(key="k").replayed
 
 
-def test_while_the_first_runs_a_duplicate_gets_409_with_retry_after(
-    stack_type: type[Stack], backend_url: str
-) -> None:
+def test_while_the_first_runs_a_duplicate_gets_409_with_retry_after(stack_type: type[Stack], backend_url: str) -> None:
     stack = stack_type(backend=backend_url, lease=20)
     first = stack.start("/gate", key="k")
     assert stack.shop.entered.acquire(timeout=30)

@@ -84,9 +84,12 @@ class Service:
 
 
 class Exchange:
-    """A request with a key. Its claim stands from a `begin` that answers None to `settle` or `abandon`."""
+    """A request with a key. Its claim stands from a `begin` that answers None to `settle` or `abandon`.
 
-    __slots__ = ("_run", "body", "key", "open", "request", "service")
+    Made with what the configuration gives: raises its errors, which are not for clients.
+    """
+
+    __slots__ = ("_plans", "_run", "body", "key", "open", "request", "service")
 
     def __init__(self, service: Service, request: Request, key: str, body: bytes) -> None:
         self.service = service
@@ -95,6 +98,7 @@ class Exchange:
         self.body = body
         self.open = False
         """The claim stands, and the application runs."""
+        self._plans = service.plans()
         self._run: Run | None = None
 
     async def begin(self) -> Response | None:
@@ -107,7 +111,7 @@ class Exchange:
             key = rules.record_of(self.request, self.key)
         except Refused as refused:
             return refused.answer
-        patient, impatient = service.plans()
+        patient, impatient = self._plans
         waits = service.may_wait()
         try:
             run = self._run = Run(

@@ -5,9 +5,10 @@ below those that authenticate, and a replay has passed them like any other reque
 a dict of `idempotent.http.Options`; its callables may be dotted paths.
 """
 
+import functools
 import io
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.conf import settings
@@ -25,14 +26,26 @@ from idempotent.http._rules import NOT_STORED, Headers, Options, Refused, Reques
 
 __all__ = ["IdempotencyMiddleware", "exempt"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _EXEMPT = "idempotency_exempt"
 _STATE = "_idempotent_http"
 
 
-def exempt(view: Any) -> Any:
-    """Mark a view that is left alone, whatever `paths` says. It is the same view."""
-    setattr(view, _EXEMPT, True)
-    return view
+def exempt(view: Callable[P, R]) -> Callable[P, R]:
+    """A twin of the view that is left alone, whatever `paths` says."""
+    function: Any = view
+
+    async def async_twin(*args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
+
+    def sync_twin(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    twin: Any = functools.wraps(function)(async_twin if iscoroutinefunction(view) else sync_twin)
+    setattr(twin, _EXEMPT, True)
+    return cast("Callable[P, R]", twin)
 
 
 class _State:

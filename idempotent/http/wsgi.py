@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, Unpack
 
 from idempotent._drive import SYNC, drive, finish
-from idempotent.http._exchange import Exchange, NotKept, Service
+from idempotent.http._exchange import Exchange, Service
 from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, Refused, Request, Response, Rules
 
 __all__ = ["IdempotencyMiddleware", "begin", "failed", "settle"]
@@ -166,8 +166,7 @@ class _Taken:
                 found = app(environ, self._start)
                 self._close = getattr(found, "close", None)
                 rest = self._collect(found)
-            if not self._status:
-                raise NotKept("the application has not called start_response")
+            self._check()
         except BaseException as error:
             failed(self._exchange, error)
             if self._close is not None:
@@ -182,6 +181,10 @@ class _Taken:
         else:
             self._start_response(_status_line(answer.status), _lines(answer))
         return _Body(iter([answer.body] if answer.body else []), self._close)
+
+    def _check(self) -> None:
+        if not self._status:
+            raise RuntimeError("the application has not called start_response")
 
     def _start(self, status: str, headers: Lines, exc_info: Any = None) -> Callable[[bytes], object]:
         self._status, self._headers = status, list(headers)
@@ -201,8 +204,9 @@ class _Taken:
         is_counted = hasattr(found, "__len__")
         rest = iter(found)
         for part in rest:
+            self._check()
             self._parts.append(part)
-            length = Headers(self._response().headers).get("content-length") if self._status else None
+            length = Headers(self._response().headers).get("content-length")
             known = is_counted or self._code in BODILESS if length is None else length.isdecimal()
             if not known or sum(map(len, self._parts)) > limit or int(length or 0) > limit:
                 return rest
