@@ -116,7 +116,7 @@ class Options(TypedDict, total=False):
     error_ttl: for how long 4xx answers are, but for 401, 403, 408, 425 and 429. 0: not at all. Default 60.
     lease: how long a claim outlives a dead worker; renewed while the application runs. Default 30.
     wait: how long a duplicate waits for the running request before it is answered 409. None: no limit. Default 0.
-    max_waiting: how many requests of this process wait at once; more are answered 409 without waiting. Default 100.
+    max_waiting: how many requests of this process wait at once; more are answered 409 without waiting. Default 1,000.
     max_body: bytes of a request's body that are accepted with a key; more is answered 413. Default 1 MiB.
     max_response: bytes of an answer's body that are kept; a larger one is passed on, and duplicates are told that it
         was done. Default 1 MiB.
@@ -345,7 +345,7 @@ class Rules:
             error_ttl=seconds("error_ttl", given.pop("error_ttl", 60), zero=True),
             lease=seconds("lease", given.pop("lease", 30)),
             wait=None if wait is None else seconds("wait", wait, zero=True),
-            max_waiting=_count("max_waiting", given.pop("max_waiting", 100)),
+            max_waiting=_count("max_waiting", given.pop("max_waiting", 1000)),
             max_body=_count("max_body", given.pop("max_body", 1 << 20)),
             max_response=_count("max_response", given.pop("max_response", 1 << 20)),
             fingerprint=cast("Any", fingerprint),

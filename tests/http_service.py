@@ -1,0 +1,192 @@
+"""The applications that real servers run in the tests: `uvicorn http_service:payments`, `gunicorn http_service:flask_app`.
+
+What they do is told by the environment: IDEMPOTENT_TEST_BACKEND, the URL of the records; IDEMPOTENT_TEST_LEDGER, an
+SQLite file with the effects.
+"""
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import flask
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.background import BackgroundTask
+
+from idempotent import current_call
+from idempotent.http import Response
+from idempotent.http.asgi import IdempotencyMiddleware, route_class
+from idempotent.http.wsgi import IdempotencyMiddleware as WSGIMiddleware
+
+BACKEND = os.environ["IDEMPOTENT_TEST_BACKEND"]
+LEDGER = os.environ["IDEMPOTENT_TEST_LEDGER"]
+ACCOUNTS = {"token-alice": "alice", "token-bob": "bob"}
+
+
+def write(text: str) -> int:
+    """One effect in the ledger, and its number."""
+    with sqlite3.connect(LEDGER, timeout=30) as ledger:
+        ledger.execute("CREATE TABLE IF NOT EXISTS effects (number INTEGER PRIMARY KEY, text TEXT)")
+        return ledger.execute("INSERT INTO effects (text) VALUES (?)", (text,)).lastrowid or 0
+
+
+# The payment service: account by token, then the key, then the payment.
+
+
+class Payment(BaseModel):
+    order: str = Field(min_length=1, max_length=50)
+    cents: int = Field(gt=0, le=1_000_000)
+
+
+class Receipt(BaseModel):
+    number: int
+    order: str
+    cents: int
+    provider_key: str
+
+
+def account(request: Request, authorization: Annotated[str, Header()] = "") -> str:
+    found = ACCOUNTS.get(authorization)
+    if found is None:
+        raise HTTPException(401, "who is it?")
+    request.state.account = found
+    return found
+
+
+def account_of(request: Any) -> str:
+    found: str = request.native["state"]["account"]
+    return found
+
+
+router = APIRouter(
+    route_class=route_class(scope=account_of, backend=BACKEND, required=True, wait=30, docs_url="/docs#keys"),
+    responses={401: {"description": "Not authenticated"}},
+)
+
+
+@router.post("/payments", status_code=201)
+async def pay(payment: Payment, who: Annotated[str, Depends(account)]) -> Receipt:
+    call = current_call()
+    assert call is not None
+    if payment.order == "declined":
+        raise HTTPException(402, "declined")
+    await asyncio.sleep(0.05)
+    number = await asyncio.to_thread(write, f"{who} {payment.order}")
+    return Receipt(
+        number=number, order=payment.order, cents=payment.cents, provider_key=call.downstream_key("provider")
+    )
+
+
+payments = FastAPI()
+payments.include_router(router)
+
+
+# What the tests of servers need: answers of every kind behind the middleware for whole applications.
+
+asgi_app = FastAPI()
+
+
+@asgi_app.post("/echo")
+async def echo(request: Request) -> Any:
+    body = await request.body()
+    return PlainTextResponse(f"{write('echo')} {len(body)}", headers={"x-worker": str(os.getpid())})
+
+
+@asgi_app.post("/slow")
+async def slow() -> Any:
+    number = write("slow begins")
+    await asyncio.sleep(1)
+    write("slow ends")
+    return PlainTextResponse(str(number))
+
+
+@asgi_app.post("/stream")
+async def stream() -> Any:
+    async def parts() -> AsyncIterator[bytes]:
+        for part in range(3):
+            yield b"part %d " % part
+
+    write("stream")
+    return StreamingResponse(parts())
+
+
+@asgi_app.post("/empty", status_code=204)
+async def empty() -> None:
+    write("empty")
+
+
+@asgi_app.post("/background")
+async def background() -> Any:
+    return PlainTextResponse(str(write("background")), background=BackgroundTask(write, "afterwards"))
+
+
+@asgi_app.post("/fail")
+async def fail() -> Any:
+    write("fail")
+    raise RuntimeError("the application failed")
+
+
+asgi_app.add_middleware(
+    IdempotencyMiddleware,
+    scope=lambda request: request.headers.get("authorization", "nobody"),
+    backend=BACKEND,
+    max_body=100_000,
+    paths=["!/echo/untouched"],
+)
+
+
+def authenticated(request: Any) -> Any:
+    return ACCOUNTS.get(request.headers.get("authorization", "")) or Response(401)
+
+
+flask_app = flask.Flask(__name__)
+
+
+@flask_app.post("/echo")
+def flask_echo() -> Any:
+    return f"{write('echo')} {len(flask.request.get_data())}"
+
+
+@flask_app.post("/slow")
+def flask_slow() -> Any:
+    number = write("slow begins")
+    time.sleep(1)
+    write("slow ends")
+    return str(number)
+
+
+@flask_app.post("/stream")
+def flask_stream() -> Any:
+    write("stream")
+    return flask.Response(iter([b"part 0 ", b"part 1 ", b"part 2 "]))
+
+
+@flask_app.post("/empty")
+def flask_empty() -> Any:
+    write("empty")
+    return "", 204
+
+
+@flask_app.post("/background")
+def flask_background() -> Any:
+    response = flask.make_response(str(write("background")))
+    response.call_on_close(lambda: write("afterwards"))
+    return response
+
+
+@flask_app.post("/fail")
+def flask_fail() -> Any:
+    write("fail")
+    raise RuntimeError("the application failed")
+
+
+flask_app.wsgi_app = WSGIMiddleware(  # type: ignore[method-assign]
+    flask_app.wsgi_app,
+    scope=lambda request: request.headers.get("authorization", "nobody"),
+    backend=BACKEND,
+    max_body=100_000,
+)
