@@ -14,10 +14,8 @@ from idempotent.http._retry import Policy, Reply, is_in_progress, retried
 __all__ = ["IdempotencyAdapter"]
 
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-
-
-class _Certificate(Exception):
-    """A certificate that is not accepted: the next try would fail alike."""
+_FINAL = (requests.exceptions.SSLError,)
+"""A certificate that is not accepted."""
 
 
 class IdempotencyAdapter(HTTPAdapter):
@@ -76,10 +74,7 @@ class IdempotencyAdapter(HTTPAdapter):
             return once(request, stream, *args, **kwargs)
 
         async def send() -> Reply:
-            try:
-                response = once(request, stream, *args, **kwargs)
-            except requests.exceptions.SSLError as error:
-                raise _Certificate from error
+            response = once(request, stream, *args, **kwargs)
             again = response.headers.get("retry-after")
             told = again is not None
             if not stream:
@@ -93,8 +88,7 @@ class IdempotencyAdapter(HTTPAdapter):
         async def sleep(pause: float) -> None:
             time.sleep(pause)
 
-        try:
-            response: requests.Response = drive(retried(policy, send, lost=_LOST, discard=discard, sleep=sleep))
-        except _Certificate as refused:
-            raise refused.__cause__ or refused from None
+        response: requests.Response = drive(
+            retried(policy, send, lost=_LOST, final=_FINAL, discard=discard, sleep=sleep)
+        )
         return response

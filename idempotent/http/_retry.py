@@ -111,7 +111,7 @@ class Policy:
         """
         if sent > self.retries:
             return None
-        pause = min(self.backoff * 2.0 ** (sent - 1), self.max_pause) * (0.5 + random() / 2)
+        pause = min(self.backoff * 2.0 ** min(sent - 1, 60), self.max_pause) * (0.5 + random() / 2)
         if reply is None:
             return pause
         if reply.status not in _AGAIN and not (reply.status == 409 and reply.in_progress):
@@ -152,20 +152,22 @@ async def retried(
     send: Callable[[], Awaitable[Reply]],
     *,
     lost: tuple[type[Exception], ...],
+    final: tuple[type[Exception], ...] = (),
     discard: Callable[[Any], Awaitable[None]],
     sleep: Callable[[float], Awaitable[None]],
 ) -> Any:
     """Send until an answer is to be given back, and give back that one; or raise what was raised last.
 
-    `lost` are the errors that leave open whether the request was served.
+    `lost` are the errors that leave open whether the request was served, or say that it was not yet; those of them that
+    are `final` would come again.
     """
     sent = 0
     while True:
         sent += 1
         try:
             reply = await send()
-        except lost:
-            pause = policy.pause_after(None, sent)
+        except lost as error:
+            pause = None if isinstance(error, final) else policy.pause_after(None, sent)
             if pause is None:
                 raise
         else:
