@@ -64,7 +64,7 @@ def account_of(request: Any) -> str:
 
 router = APIRouter(
     route_class=route_class(scope=account_of, backend=BACKEND, required=True, wait=30, docs_url="/docs#keys"),
-    responses={401: {"description": "Not authenticated"}},
+    responses={401: {"description": "Not authenticated"}, 402: {"description": "Declined"}},
 )
 
 

@@ -1,5 +1,7 @@
 """The rules by themselves: keys, fingerprints, what is kept, problems. No framework."""
 
+import re
+
 import orjson
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from idempotent.errors import InvalidKey
 from idempotent.http import GLOBAL, Headers, Request, Response
 from idempotent.http._rules import (
     _PROBLEMS,
+    PATTERN,
     ResponseCodec,
     Rules,
     fingerprint_of,
@@ -91,6 +94,12 @@ def test_every_visible_key_can_be_sent_quoted(key: str) -> None:
     assert parse_key([http_sf.ser(key).encode()]) == key
     if not set(key) & set('",;'):
         assert parse_key([key.encode()]) == key
+
+
+@given(st.from_regex(re.compile(PATTERN, re.ASCII)) | st.text(VISIBLE + " ", max_size=8))
+def test_the_pattern_in_openapi_says_what_is_taken(line: str) -> None:
+    line = line.strip()
+    assert (re.fullmatch(PATTERN, line) is not None) == (parse_key([line.encode()]) is not None)
 
 
 @given(st.binary(max_size=600))

@@ -160,6 +160,8 @@ _URL = re.compile(r"[!#-;=?-~]+")  # no space, quotes or angle brackets
 
 MAX_KEY = 255
 """Characters of a key, as it is meant and not as it is quoted."""
+PATTERN = r"""^([!#-+\--:<-~]{1,255}|"([!#-\[\]-~]|\\["\\]){1,255}")$"""
+"""What `parse_key` takes, for OpenAPI."""
 
 
 class Refused(Exception):
@@ -578,7 +580,7 @@ def operation(*, header: str, required: bool) -> dict[str, Any]:
                 "in": "header",
                 "required": required,
                 "description": "A fresh key for each operation, kept through its retries: best a quoted UUID.",
-                "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY},
+                "schema": {"type": "string", "pattern": PATTERN},
             }
         ],
         "responses": {
