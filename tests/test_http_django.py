@@ -15,10 +15,11 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.template import engines
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
+from django.utils.decorators import async_only_middleware, sync_only_middleware
 from django.utils.deprecation import MiddlewareMixin
 from django.views import View
 
-from idempotent import LocalBackend
+from idempotent import LocalBackend, current_call
 from idempotent._drive import drive
 from idempotent.http import GLOBAL
 from idempotent.http.django import IdempotencyMiddleware, exempt
@@ -56,6 +57,12 @@ def form(request: HttpRequest) -> HttpResponse:
     return HttpResponse(str(len(RUNS)))
 
 
+def current(request: HttpRequest) -> HttpResponse:
+    call = current_call()
+    assert call is not None
+    return HttpResponse(call.key)
+
+
 def fail(request: HttpRequest) -> HttpResponse:
     RUNS.append("fail")
     raise KeyError("the view failed")
@@ -77,6 +84,7 @@ urlpatterns = [
     path("form", form),
     path("fail", fail),
     path("template", Template.as_view()),
+    path("current", current),
     path("quote", exempt(pay)),
 ]
 
@@ -132,6 +140,38 @@ def test_djangos_own_async_client_gets_the_replay(url: str) -> None:
 
     asyncio.run(main())
     assert RUNS == [b'{"a": 1}']
+
+
+@sync_only_middleware
+def sync_only(get_response: Any) -> Any:
+    return lambda request: get_response(request)
+
+
+@async_only_middleware
+def async_only(get_response: Any) -> Any:
+    async def middleware(request: Any) -> Any:
+        return await get_response(request)
+
+    return middleware
+
+
+@pytest.mark.parametrize("name", ["sync_only", "async_only"])
+@pytest.mark.parametrize("place", ["above", "below"])
+@pytest.mark.parametrize("client", ["sync", "async"])
+def test_middleware_of_one_colour_may_stand_beside_it(name: str, place: str, client: str) -> None:
+    other = [f"{__name__}.{name}"]
+    middleware = [*other, *http_stacks.MIDDLEWARE] if place == "above" else [*http_stacks.MIDDLEWARE, *other]
+    with override_settings(MIDDLEWARE=middleware):
+        if client == "sync":
+            answers = [Client(headers=KEY).post("/current") for _ in range(2)]
+        else:
+
+            async def main() -> Any:
+                return [await AsyncClient().post("/current", headers=KEY) for _ in range(2)]
+
+            answers = asyncio.run(main())
+    assert [answer.content for answer in answers] == [b"5:alice:k"] * 2
+    assert answers[1]["Idempotency-Replayed"] == "true"
 
 
 def test_the_middleware_is_of_both_colours() -> None:

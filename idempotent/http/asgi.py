@@ -97,7 +97,8 @@ async def _exchange(service: Service, scope: Scope, receive: Receive) -> Exchang
         size += len(part)
         if size > service.rules.max_body:
             raise Refused(service.rules.problem("body-too-large"))
-        parts.append(part)
+        if part:
+            parts.append(part)
         more = message.get("more_body", False)
     return Exchange(service, request, key, b"".join(parts))
 
