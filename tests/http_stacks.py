@@ -84,6 +84,8 @@ class Shop:
         if word == "gate":
             self.entered.release()
             assert self.gate.wait(30)
+            if rest:
+                return int(rest), [("x-internal", "yes")], [b"late"]
         if word == "stream":
             return 200, [("content-type", "text/plain")], [b"part %d " % number, b"and another"]
         if word == "large":

@@ -689,6 +689,41 @@ def test_other_middleware_may_stand_inside() -> None:
     asyncio.run(main())
 
 
+def test_inside_what_authenticates_a_replay_is_authenticated_again() -> None:
+    """The order that the README gives: added before it, and so inside it."""
+    from starlette.applications import Starlette
+    from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
+    from starlette.middleware.authentication import AuthenticationMiddleware
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    tokens = {"token": "alice"}
+
+    class Tokens(AuthenticationBackend):
+        async def authenticate(self, conn: Any) -> Any:
+            if conn.headers["authorization"] not in tokens:
+                raise AuthenticationError("who is it?")
+            return AuthCredentials(), SimpleUser(tokens[conn.headers["authorization"]])
+
+    runs: list[str] = []
+
+    async def endpoint(request: Any) -> Any:
+        runs.append(request.user.username)
+        return PlainTextResponse(str(len(runs)))
+
+    app = Starlette(routes=[Route("/pay", endpoint, methods=["POST"])])
+    app.add_middleware(IdempotencyMiddleware, scope=lambda request: request.native["user"].username, backend="local://")
+    app.add_middleware(AuthenticationMiddleware, backend=Tokens())
+
+    request = ("POST", "/pay", {})
+    assert [answer.text for answer in ask(app, request, request)] == ["1", "1"]
+    tokens["other"] = "bob"
+    assert ask(app, request, token="other")[0].text == "2"
+    tokens.pop("token")
+    assert ask(app, request)[0].status_code == 400
+    assert runs == ["alice", "bob"]
+
+
 def test_the_route_is_known_to_what_is_further_out() -> None:
     from starlette.applications import Starlette
     from starlette.responses import PlainTextResponse

@@ -302,18 +302,20 @@ def test_an_answer_that_the_backend_did_not_take_says_so(stack_type: type[Stack]
     assert (answer.status, answer.body, answer.get("idempotency-stored")) == (201, b'{"number": 1}', "false")
 
 
-def test_a_run_that_another_has_overtaken_does_not_give_its_own_answer(stack_type: type[Stack]) -> None:
+@pytest.mark.parametrize("path", ["/gate", "/gate/409"])
+def test_a_run_that_another_has_overtaken_does_not_give_its_own_answer(stack_type: type[Stack], path: str) -> None:
     backend = LocalBackend()
     stack = stack_type(backend=backend)
     rid = RecordId("http", "5:alice:k")
-    first = stack.start("/gate", key="k")
+    first = stack.start(path, key="k")
     assert stack.shop.entered.acquire(timeout=30)
     drive(backend.forget(rid, force=True))
     claimed_by_another(backend, rid, lease=60)
     stack.shop.gate.set()
     answer = first.result(30)
     assert (answer.status, answer.problem, answer.get("retry-after")) == (409, "in-progress", "1")
-    assert answer.get("set-cookie") is None
+    assert answer.get("set-cookie") is answer.get("x-internal") is None
+    assert answer.get("content-length") == str(len(answer.body))
 
 
 def test_an_unknown_outcome_is_409_without_retry_after(stack_type: type[Stack]) -> None:

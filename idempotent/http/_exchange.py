@@ -4,7 +4,7 @@ Written once, as `async def`, for every middleware: ASGI and async Django await 
 """
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 from idempotent import _config as config
 from idempotent import _flow as flow
@@ -12,13 +12,22 @@ from idempotent._record import RecordId
 from idempotent._run import Driver, Plan, Run, Running, flights_of
 from idempotent._types import Stats
 from idempotent.errors import LeaseLost, ResultUnavailable
-from idempotent.http._rules import NOT_STORED, Options, Refused, Request, Response, Rules
+from idempotent.http._rules import NOT_STORED, Options, RawHeaders, Refused, Request, Response, Rules
 
-__all__ = ["Exchange", "NotKept", "Service"]
+__all__ = ["Exchange", "NotKept", "Service", "Verdict"]
 
 
 class NotKept(Exception):
     """The application gave no answer that is kept, such as a 503: the key is free again."""
+
+
+class Verdict(NamedTuple):
+    """What became of the application's answer."""
+
+    instead: Response | None = None
+    """What the client is to get in its place; None: it is the application's."""
+    extra: RawHeaders = []  # noqa: RUF012  never changed in place
+    """Headers to add to it."""
 
 
 class Service:
@@ -137,8 +146,8 @@ class Exchange:
         assert self._run is not None
         return Running(self.service.driver, self._run)
 
-    async def settle(self, response: Response, *, whole: bool = True) -> Response:
-        """Record the application's answer, or free the key if such an answer is not kept. What the client is to get.
+    async def settle(self, response: Response, *, whole: bool = True) -> Verdict:
+        """Record the application's answer, or free the key if such an answer is not kept.
 
         Not `whole`: its body is not at hand, and duplicates are only told that it was done.
         """
@@ -148,7 +157,7 @@ class Exchange:
         if ttl is None:
             await flow.abandon(driver, self._run, NotKept(f"status {response.status}"))
             self.open = False
-            return response
+            return Verdict()
         stored = True
         try:
             replay = await flow.settle(driver, self._run, rules.kept(response) if whole else None, ttl)
@@ -157,9 +166,9 @@ class Exchange:
             stored = False
         except LeaseLost as lost:
             self.open = False
-            return rules.problem_of(lost) or response
+            return Verdict(rules.problem_of(lost))
         self.open = False
-        return response if stored else response._replace(headers=[*response.headers, NOT_STORED])
+        return Verdict() if stored else Verdict(extra=[NOT_STORED])
 
     async def abandon(self, error: BaseException) -> None:
         """The application, or the claim, raised: free the key, or let `on_crash` decide if it was interrupted."""

@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from idempotent import _aio
-from idempotent.http._exchange import Exchange
+from idempotent.http._exchange import Exchange, Verdict
 from idempotent.http._rules import Response
 
 __all__ = ["ASYNC", "begin", "failed", "settle", "uninterrupted"]
@@ -55,7 +55,7 @@ async def begin(exchange: Exchange) -> Response | None:
         return answer
 
 
-async def settle(exchange: Exchange, response: Response, *, whole: bool = True) -> Response:
+async def settle(exchange: Exchange, response: Response, *, whole: bool = True) -> Verdict:
     """Record the answer, shielded from cancellation."""
     return await _aio.finish(functools.partial(exchange.settle, response, whole=whole))
 

@@ -207,9 +207,10 @@ class _Taken:
     async def _finish(self, start: Message) -> None:
         headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
         response = Response(start["status"], headers, b"".join(self._parts))
-        answer = await _tasks.settle(self._exchange, response)
+        verdict = await _tasks.settle(self._exchange, response)
         self.over.set()
-        await self._send({**start, "status": answer.status, "headers": answer.headers})
+        answer = verdict.instead or response
+        await self._send({**start, "status": answer.status, "headers": [*answer.headers, *verdict.extra]})
         await self._send({"type": "http.response.body", "body": answer.body})
 
     async def returned(self) -> None:

@@ -21,8 +21,8 @@ import idempotent.http._tasks as _tasks
 import idempotent.http.wsgi as wsgi
 from idempotent._drive import SYNC
 from idempotent._run import Running
-from idempotent.http._exchange import Exchange, Service
-from idempotent.http._rules import NOT_STORED, Headers, Options, Refused, Request, Response
+from idempotent.http._exchange import Exchange, Service, Verdict
+from idempotent.http._rules import Headers, Options, Refused, Request, Response
 
 __all__ = ["IdempotencyMiddleware", "exempt"]
 
@@ -237,11 +237,10 @@ def _made(answer: Response) -> HttpResponse:
     return response
 
 
-def _given(response: HttpResponseBase, answer: Response) -> HttpResponseBase:
+def _given(response: HttpResponseBase, verdict: Verdict) -> HttpResponseBase:
     """What the client is to get: the application's own response, but for a run that another has overtaken."""
-    if answer.status != response.status_code:
-        return _made(answer)
-    if NOT_STORED in answer.headers:
-        name, value = NOT_STORED
+    if verdict.instead is not None:
+        return _made(verdict.instead)
+    for name, value in verdict.extra:
         response.headers[name.decode().title()] = value.decode()
     return response

@@ -12,8 +12,8 @@ from http import HTTPStatus
 from typing import Any, Unpack
 
 from idempotent._drive import SYNC, drive, finish
-from idempotent.http._exchange import Exchange, Service
-from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, Refused, Request, Response, Rules
+from idempotent.http._exchange import Exchange, Service, Verdict
+from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, RawHeaders, Refused, Request, Response, Rules
 
 __all__ = ["IdempotencyMiddleware", "begin", "failed", "settle"]
 
@@ -76,7 +76,7 @@ def begin(exchange: Exchange) -> Response | None:
         return answer
 
 
-def settle(exchange: Exchange, response: Response, *, whole: bool = True) -> Response:
+def settle(exchange: Exchange, response: Response, *, whole: bool = True) -> Verdict:
     """Record the answer; once more, if a signal handler raises meanwhile."""
     step = functools.partial(exchange.settle, response, whole=whole)
     try:
@@ -129,7 +129,7 @@ def _body(environ: Environ, request: Request, rules: Rules) -> bytes:
 
 
 def _answer(start_response: StartResponse, response: Response) -> list[bytes]:
-    start_response(_status_line(response.status), _lines(response))
+    start_response(_status_line(response.status), _lines(response.headers))
     return [response.body] if response.body else []
 
 
@@ -140,8 +140,8 @@ def _status_line(status: int) -> str:
         return f"{status} Unknown"
 
 
-def _lines(response: Response) -> Lines:
-    return [(name.decode("latin-1").title(), value.decode("latin-1")) for name, value in response.headers]
+def _lines(headers: RawHeaders) -> Lines:
+    return [(name.decode("latin-1").title(), value.decode("latin-1")) for name, value in headers]
 
 
 class _Taken:
@@ -174,13 +174,14 @@ class _Taken:
             raise
         if rest is not None:
             return self._stream(rest)
-        answer = settle(self._exchange, self._response())
-        if answer.status == self._code:  # what is not replaced keeps its own reason phrase and spelling
-            extra = answer.headers[len(self._headers) :]
-            self._start_response(self._status, self._headers + _lines(Response(0, extra)))
-        else:
-            self._start_response(_status_line(answer.status), _lines(answer))
-        return _Body(iter([answer.body] if answer.body else []), self._close)
+        response = self._response()
+        verdict = settle(self._exchange, response)
+        if verdict.instead is not None:
+            response = verdict.instead
+            self._start_response(_status_line(response.status), _lines(response.headers))
+        else:  # with its own reason phrase and spelling
+            self._start_response(self._status, self._headers + _lines(verdict.extra))
+        return _Body(iter([response.body] if response.body else []), self._close)
 
     def _check(self) -> None:
         if not self._status:
@@ -215,7 +216,7 @@ class _Taken:
     def _stream(self, rest: Iterator[bytes]) -> Iterable[bytes]:
         headers = list(self._headers)
         if self._exchange.service.rules.kept_for(self._code) is not None:
-            headers += _lines(Response(0, [NOT_STORED]))
+            headers += _lines([NOT_STORED])
         self._start_response(self._status, headers)
         return _Stream(self._exchange, Response(self._code), iter(self._parts), rest, self._close)
 
