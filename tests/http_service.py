@@ -5,6 +5,7 @@ SQLite file with the effects.
 """
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 import time
@@ -29,7 +30,7 @@ ACCOUNTS = {"token-alice": "alice", "token-bob": "bob"}
 
 def write(text: str) -> int:
     """One effect in the ledger, and its number."""
-    with sqlite3.connect(LEDGER, timeout=30) as ledger:
+    with contextlib.closing(sqlite3.connect(LEDGER, timeout=30)) as ledger, ledger:
         ledger.execute("CREATE TABLE IF NOT EXISTS effects (number INTEGER PRIMARY KEY, text TEXT)")
         return ledger.execute("INSERT INTO effects (text) VALUES (?)", (text,)).lastrowid or 0
 

@@ -243,6 +243,23 @@ def test_a_client_that_leaves_during_the_run_loses_nothing() -> None:
     asyncio.run(main())
 
 
+def test_an_application_that_listens_on_is_told_when_its_answer_was_sent() -> None:
+    async def main() -> None:
+        client = Client()  # who stays
+        told = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"done"})
+            await receive()
+            told.append(await receive())
+
+        await asyncio.wait_for(served(app)(scope_of(), client.receive, client.send), 30)
+        assert told == [{"type": "http.disconnect"}]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_server_that_cancels_the_request_does_not_end_the_run(times: int) -> None:
     async def main() -> None:

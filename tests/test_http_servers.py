@@ -45,7 +45,7 @@ class Running:
         raise RuntimeError(f"{command} does not answer:\n{self._log.read_text()}")
 
     def effects(self) -> list[str]:
-        with sqlite3.connect(self.ledger, timeout=30) as ledger:
+        with contextlib.closing(sqlite3.connect(self.ledger, timeout=30)) as ledger:
             with contextlib.suppress(sqlite3.OperationalError):
                 return [text for (text,) in ledger.execute("SELECT text FROM effects ORDER BY number")]
         return []
@@ -143,7 +143,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def connection(server: Running) -> Iterator[Connection]:
     if server.ledger.exists():
-        with sqlite3.connect(server.ledger, timeout=30) as ledger:
+        with contextlib.closing(sqlite3.connect(server.ledger, timeout=30)) as ledger, ledger:
             ledger.execute("DELETE FROM effects")
     found = server.connect()
     yield found
