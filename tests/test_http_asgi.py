@@ -969,6 +969,26 @@ def test_a_generator_cannot_be_a_route_of_the_class() -> None:
             yield 1
 
 
+def test_an_object_whose_call_is_async_may_be_an_endpoint() -> None:
+    from fastapi import APIRouter, FastAPI
+
+    class Endpoint:
+        runs = 0
+
+        async def __call__(self, cents: int) -> int:
+            self.runs += 1
+            return cents
+
+    router = APIRouter(route_class=route_class(scope=GLOBAL, backend="local://"))
+    endpoint = Endpoint()
+    router.add_api_route("/pay", endpoint, methods=["POST"])
+    app = FastAPI()
+    app.include_router(router)
+    answers = ask(app, *[("POST", "/pay?cents=5", {})] * 2)
+    assert [answer.json() for answer in answers] == [5, 5]
+    assert endpoint.runs == 1
+
+
 def test_a_call_from_inside_a_route_does_not_take_the_outer_key() -> None:
     """An application that calls itself, in one process and context, without a key of its own."""
     from fastapi import APIRouter, FastAPI

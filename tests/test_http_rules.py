@@ -1,6 +1,9 @@
 """The rules by themselves: keys, fingerprints, what is kept, problems. No framework."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import orjson
 import pytest
@@ -116,6 +119,23 @@ def test_two_scopes_never_make_one_key(pairs: list[tuple[str, str]]) -> None:
         return
     assert (one == other) == (pairs[0] == pairs[1])
     assert record_key(GLOBAL, pairs[0][1]) not in (one, other)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("idempotent.http.asgi", "fastapi starlette django flask httpx requests redis sqlalchemy pydantic"),
+        ("idempotent.http.wsgi", "fastapi starlette django flask httpx requests redis sqlalchemy pydantic asyncio"),
+        ("idempotent.http.client", "fastapi starlette django flask httpx requests http_sf"),
+        ("idempotent.http", "fastapi starlette django flask httpx requests http_sf"),
+    ],
+)
+def test_no_framework_is_imported_that_is_not_used(module: str, absent: str) -> None:
+    code = f"import sys, {module}\nprint([name for name in {absent.split()!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 def request(method: str = "POST", path: str = "/a", query: str = "", kind: str | None = "text/plain") -> Request:

@@ -326,11 +326,11 @@ class Rules:
                 "scope is required: a callable on the request that says who is asking, or idempotent.http.GLOBAL"
             )
         scope: Any = given.pop("scope")
-        if scope is not GLOBAL and (not callable(scope) or _is_async(scope)):
+        if scope is not GLOBAL and (not callable(scope) or is_async(scope)):
             raise TypeError(f"scope must be a sync callable on the request, or idempotent.http.GLOBAL, not {scope!r}")
         wait = given.pop("wait", 0)
         fingerprint: Any = given.pop("fingerprint", True)
-        if not isinstance(fingerprint, bool) and (not callable(fingerprint) or _is_async(fingerprint)):
+        if not isinstance(fingerprint, bool) and (not callable(fingerprint) or is_async(fingerprint)):
             raise TypeError(f"fingerprint must be True, False or a sync callable, not {fingerprint!r}")
         docs_url = given.pop("docs_url", None)
         if docs_url is not None and not (isinstance(docs_url, str) and _URL.fullmatch(docs_url)):
@@ -481,7 +481,7 @@ def problem(kind: str, *, header: str, max_body: int, docs_url: str | None) -> R
     return Response(status, headers, body)
 
 
-def _is_async(function: Any) -> bool:
+def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004  an object whose __call__ is async is async
     )

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import idempotent.http._tasks as _tasks
 from idempotent.http._exchange import Exchange, NotKept, Service
-from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, Refused, Request, Response, operation
+from idempotent.http._rules import (
+    BODILESS,
+    NOT_STORED,
+    Headers,
+    Options,
+    Refused,
+    Request,
+    Response,
+    is_async,
+    operation,
+)
 
 if TYPE_CHECKING:
     from fastapi.routing import APIRoute
@@ -296,25 +306,25 @@ def _claiming(endpoint: Callable[..., Any]) -> Callable[..., Any]:
             f"{endpoint.__qualname__} is a generator, whose stream cannot be replayed; put it on a router without this"
             " route class"
         )
-    is_async = inspect.iscoroutinefunction(endpoint)
+    awaits = is_async(endpoint)
 
     @functools.wraps(endpoint)
     async def claiming(*args: Any, **kwargs: Any) -> Any:
         exchange = _pending.get()
         if exchange is None:
-            return await _called(endpoint, is_async, args, kwargs)
+            return await _called(endpoint, awaits, args, kwargs)
         answer = await _tasks.begin(exchange)
         if answer is not None:
             return _as_starlette(answer)
         with exchange.running():
-            return await _called(endpoint, is_async, args, kwargs)
+            return await _called(endpoint, awaits, args, kwargs)
 
     setattr(claiming, _CLAIMING, True)
     return claiming
 
 
-async def _called(endpoint: Callable[..., Any], is_async: bool, args: Any, kwargs: Any) -> Any:
-    if is_async:
+async def _called(endpoint: Callable[..., Any], awaits: bool, args: Any, kwargs: Any) -> Any:
+    if awaits:
         return await endpoint(*args, **kwargs)
     from starlette.concurrency import run_in_threadpool
 
