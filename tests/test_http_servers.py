@@ -142,8 +142,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def connection(server: Running) -> Iterator[Connection]:
-    if server.ledger.exists():
-        with contextlib.closing(sqlite3.connect(server.ledger, timeout=30)) as ledger, ledger:
+    with contextlib.closing(sqlite3.connect(server.ledger, timeout=30)) as ledger, ledger:
+        with contextlib.suppress(sqlite3.OperationalError):  # there has been none
             ledger.execute("DELETE FROM effects")
     found = server.connect()
     yield found

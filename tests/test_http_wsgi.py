@@ -290,7 +290,7 @@ class Interrupt(BaseException):
     """What a signal handler raises: gunicorn's time-out, Ctrl-C."""
 
 
-@pytest.mark.parametrize("where", ["application", "claim", "outcome"])
+@pytest.mark.parametrize("where", ["application", "claim", "before the outcome", "after the outcome"])
 def test_an_interruption_leaves_no_lease_behind_and_loses_no_outcome(where: str) -> None:
     backend = LocalBackend()
     runs = []
@@ -306,24 +306,25 @@ def test_an_interruption_leaves_no_lease_behind_and_loses_no_outcome(where: str)
 
     def strike_once(command: Any) -> Any:
         async def struck_command(*args: Any, **kwargs: Any) -> Any:
-            found = await command(*args, **kwargs)
-            if not struck:
-                struck.append(True)
-                raise Interrupt
-            return found
+            if struck:
+                return await command(*args, **kwargs)
+            struck.append(True)
+            if where != "before the outcome":
+                await command(*args, **kwargs)
+            raise Interrupt
 
         return struck_command
 
     if where == "claim":
         backend.claim = strike_once(backend.claim)  # type: ignore[method-assign]
-    if where == "outcome":
+    if where.endswith("the outcome"):
         backend.complete = strike_once(backend.complete)  # type: ignore[method-assign]
     middleware = served(app, backend=backend)
     with pytest.raises(Interrupt):
         Call(middleware)
     again = Call(middleware)
     assert again.status[:3] == "200"
-    assert (again.get("idempotency-replayed") == "true") is (where == "outcome")
+    assert (again.get("idempotency-replayed") == "true") is where.endswith("the outcome")
     assert len(runs) == (2 if where == "application" else 1)
 
 
