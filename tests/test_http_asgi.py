@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from idempotent import LocalBackend, current_call
-from idempotent.http import GLOBAL, describe
+from idempotent.http import GLOBAL, asgi, describe
 from idempotent.http.asgi import IdempotencyMiddleware, route_class
 
 KEY = (b"idempotency-key", b"k")
@@ -353,6 +353,29 @@ def test_an_interrupted_run_is_treated_as_a_crash() -> None:
 
     asyncio.run(interrupted())
     asyncio.run(after())
+
+
+def test_a_run_that_is_thrown_away_leaves_its_lease_to_run_out() -> None:
+    """As a loop that is closed leaves it: nothing can be awaited any more."""
+
+    async def main() -> None:
+        gate = asyncio.Event()
+        app = App(gate.wait)
+        middleware = served(app)
+        client = Client()
+        exchange = await asgi._exchange(middleware._service, scope_of(), client.receive)
+        assert exchange is not None
+        assert await asgi._tasks.begin(exchange) is None
+        run = asgi._run(app, exchange, scope_of(), client.receive, client.send)
+        run.send(None)
+        run.close()
+        assert not exchange.open
+        again = Client()
+        await middleware(scope_of(), again.receive, again.send)
+        assert b"urn:idempotent:in-progress" in again.body
+        assert app.runs == 1
+
+    asyncio.run(main())
 
 
 def test_an_error_of_the_application_passes_through_with_its_traceback() -> None:
@@ -832,8 +855,7 @@ def shop() -> Any:
     @router.post("/payments", status_code=201)
     async def create(payment: Payment) -> Receipt:
         app.state.runs.append("async")
-        call = current_call()
-        assert call is not None
+        assert current_call() is not None
         if payment.amount == 13:
             raise HTTPException(409, "unlucky")
         return Receipt(number=len(app.state.runs), amount=payment.amount)
@@ -962,6 +984,26 @@ def test_a_generator_cannot_be_a_route_of_the_class() -> None:
         @router.post("/events")
         async def events() -> Any:
             yield 1
+
+
+def test_a_route_of_the_class_behind_the_middleware_is_served_once() -> None:
+    app = shop()
+    app.add_middleware(IdempotencyMiddleware, scope=GLOBAL, backend="local://", namespace="outer")
+    answers = ask(app, *[("POST", "/v1/payments", {"json": {"amount": 5}})] * 2)
+    assert [answer.json()["number"] for answer in answers] == [1, 1]
+    assert answers[1].headers["idempotency-replayed"] == "true"
+
+
+def test_a_client_that_leaves_a_route_before_its_body_is_there_runs_nothing() -> None:
+    async def main() -> None:
+        app, client = shop(), Client(b"")
+        client.parts.clear()
+        client.left.set()
+        headers = [KEY, (b"authorization", b"token"), (b"content-type", b"application/json")]
+        await app(scope_of(path="/v1/payments", headers=headers), client.receive, client.send)
+        assert (client.sent, app.state.runs) == ([], [])
+
+    asyncio.run(main())
 
 
 def test_an_object_whose_call_is_async_may_be_an_endpoint() -> None:

@@ -13,7 +13,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.template import engines
-from django.test import AsyncClient, Client, override_settings
+from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 from django.utils.decorators import async_only_middleware, sync_only_middleware
 from django.utils.deprecation import MiddlewareMixin
@@ -254,6 +254,44 @@ def test_a_view_that_fails_frees_the_key() -> None:
     assert RUNS == ["fail", "fail"]
     with pytest.raises(KeyError, match="the view failed"):
         Client(headers=KEY).post("/fail")
+
+
+class Interrupt(BaseException):
+    """What Django does not make an answer of: a time-out's signal, Ctrl-C."""
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_interrupted_view_frees_the_key(is_async: bool) -> None:
+    """As a crash that is told at once: the next request runs it."""
+    runs: list[int] = []
+
+    def ran() -> HttpResponse:
+        runs.append(1)
+        if len(runs) == 1:
+            raise Interrupt
+        return HttpResponse("done")
+
+    async def main(request: HttpRequest) -> Any:
+        async def get_response(request: HttpRequest) -> Any:
+            return await middleware.process_view(request, pay) or ran()
+
+        middleware = IdempotencyMiddleware(get_response)
+        return await middleware(request)
+
+    def call(request: HttpRequest) -> Any:
+        if is_async:
+            return asyncio.run(main(request))
+        middleware = IdempotencyMiddleware(lambda request: middleware.process_view(request, pay) or ran())
+        return middleware(request)
+
+    def request() -> HttpRequest:
+        return RequestFactory(headers=KEY).post("/pay")
+
+    with pytest.raises(Interrupt):
+        call(request())
+    assert call(request()).content == b"done"
+    assert call(request())["Idempotency-Replayed"] == "true"
+    assert len(runs) == 2
 
 
 def test_a_template_is_rendered_before_it_is_kept() -> None:
