@@ -23,7 +23,7 @@ from idempotent._types import (
     Stats,
 )
 from idempotent.backends.base import Backend
-from idempotent.errors import IdempotencyError
+from idempotent.errors import CallError, IdempotencyError
 from idempotent.keys import Binder, check_key
 from idempotent.serializers import Codec, Serializer, codec_for
 
@@ -57,6 +57,7 @@ def idempotent(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverl
     error_ttl: Mapping[type[Exception], Duration] | None = None,
     on_crash: Literal["rerun", "raise"] | Callable[..., Any] | Default = DEFAULT,
     on_outage: Literal["raise", "run"] | Default = DEFAULT,
+    within: str | None = None,
 ) -> ForgetfulDecorator: ...
 @overload
 def idempotent(
@@ -74,6 +75,7 @@ def idempotent(
     error_ttl: Mapping[type[Exception], Duration] | None = None,
     on_crash: Literal["rerun", "raise"] | Callable[..., Any] | Default = DEFAULT,
     on_outage: Literal["raise", "run"] | Default = DEFAULT,
+    within: str | None = None,
 ) -> Decorator: ...
 def idempotent(
     function: Callable[..., Any] | None = None,
@@ -92,6 +94,7 @@ def idempotent(
     error_ttl: Mapping[type[Exception], Duration] | None = None,
     on_crash: Literal["rerun", "raise"] | Callable[..., Any] | Default = DEFAULT,
     on_outage: Literal["raise", "run"] | Default = DEFAULT,
+    within: str | None = None,
 ) -> Any:
     """Make a sync or async function safe to call twice: its effect happens once, and every caller gets its answer.
 
@@ -126,6 +129,10 @@ def idempotent(
             callable is a probe: it takes a Call and returns Applied(result), NotApplied() or StillUnknown().
         on_outage: what happens when the claim cannot be confirmed. "raise": BackendUnavailable, and nothing ran;
             "run": the function runs unprotected, with a warning and an event.
+        within: the name of the parameter that holds a SQLAlchemy Session, AsyncSession, Connection or AsyncConnection.
+            The record is then written in its transaction, and committed or rolled back with it; the parameter is part of
+            neither key nor fingerprint, and `backend`, `lease`, `on_crash` and `on_outage` have no meaning. None: records
+            live in the backend.
 
     Raises, at decoration:
         TypeError, ValueError: an option is wrong; the message names it.
@@ -153,6 +160,8 @@ def idempotent(
         if value is not DEFAULT and (value is not None or name == "wait")
     }
     options = config.checked(given)
+    if within is not None:
+        _check_within(within, options)
     for name, flag in (("keep_result", keep_result),) + ((("fingerprint", fingerprint),) * (not callable(fingerprint))):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, not {flag!r}")
@@ -173,6 +182,7 @@ def idempotent(
                 fingerprint=fingerprint,
                 ignore=tuple(ignore),
                 keep_result=keep_result,
+                within=within,
             ),
             None,
         )
@@ -193,6 +203,7 @@ class _Spec:
         fingerprint: bool | Callable[..., str | bytes],
         ignore: tuple[str, ...],
         keep_result: bool,
+        within: str | None,
     ) -> None:
         _check_function(function)
         self.function = function
@@ -200,6 +211,16 @@ class _Spec:
         self.options = options
         self.keep_result = keep_result
         self.namespace = _namespace(function, namespace)
+        self.within = within
+        self.flows: Any = flow
+        if within is not None:
+            from idempotent import _within
+
+            self.flows = _within
+            names = inspect.signature(function).parameters
+            if within not in names:
+                raise ValueError(f"within names {within!r}, which is no parameter; there are {', '.join(names)}")
+            ignore = (*ignore, within)
         self.binder = Binder(function, key=key, fingerprint=fingerprint, ignore=ignore)
         self.stats = Stats()
         probe = options.get("on_crash")
@@ -221,14 +242,19 @@ class _Spec:
         made, settings = self._made, config.settings
         if made is None or made[0] is not settings:
             options = self.options
-            shared = config.resolve_backend(options.get("backend"))
+            lease = options.get("lease", settings.lease)
+            if self.within is None:
+                shared = config.resolve_backend(options.get("backend"))
+                backend = (shared.asynchronous() if self.is_async else shared.blocking()).within(lease)
+                flights = flights_of(shared)
+            else:
+                backend, flights = self.flows.NOWHERE, self.flows.NO_FLIGHTS
             self._make_codec(settings)
             if self._codec is not None:
                 self._codec.ready()
-            lease = options.get("lease", settings.lease)
             plan = Plan(
-                backend=(shared.asynchronous() if self.is_async else shared.blocking()).within(lease),
-                flights=flights_of(shared),
+                backend=backend,
+                flights=flights,
                 codec=cast("Codec", self._codec),
                 namespace=self.namespace,
                 ttl=options.get("ttl", settings.ttl),
@@ -249,14 +275,31 @@ class _Spec:
         arguments that do not fit the function.
         """
         named, fingerprint = self.binder.identify(args, kwargs, key)
-        bind = self.binder.bind
-        return Run(self.plan(), RecordId(self.namespace, named), fingerprint, lambda: bind(args, kwargs))
+        bind, plan = self.binder.bind, self.plan()
+        if self.within is not None:
+            plan = self.flows.plan_on(plan, bind(args, kwargs)[self.within], is_async=self.is_async)
+        return Run(plan, RecordId(self.namespace, named), fingerprint, lambda: bind(args, kwargs))
 
     def question(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
-        """As `run`, for those who only look: after `with_key` the arguments may be left out."""
-        if key is not None and not args and not kwargs:
+        """As `run`, for those who only look: after `with_key` the arguments may be left out, but for the session."""
+        if key is not None and self.within is None and not args and not kwargs:
             return Run(self.plan(), RecordId(self.namespace, key), b"", dict)
+        if key is not None and self.within is not None:
+            given = inspect.signature(self.function).bind_partial(*args, **kwargs).arguments
+            if given.keys() == {self.within}:
+                plan = self.flows.plan_on(self.plan(), given[self.within], is_async=self.is_async)
+                return Run(plan, RecordId(self.namespace, key), b"", dict)
         return self.run(args, kwargs, key)
+
+
+def _check_within(within: Any, options: dict[str, Any]) -> None:
+    if not isinstance(within, str):
+        raise TypeError(f"within must be the name of a parameter, not {within!r}")
+    for name in ("backend", "lease", "on_crash", "on_outage"):
+        if name in options:
+            raise TypeError(
+                f"{name}= has no meaning with within=: the record is in the caller's transaction, and lives or dies with it"
+            )
 
 
 def _check_function(function: Any) -> None:
@@ -312,7 +355,7 @@ def _outcome(run: Run, replay: Replay) -> Outcome[Any]:
 
 
 def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
-    function = spec.function
+    function, flow = spec.function, spec.flows
 
     def call(*args: Any, **kwargs: Any) -> Any:
         run = spec.run(args, kwargs, key)
@@ -351,7 +394,7 @@ def _refuse(unrun: Any) -> None:
 def _async_call(spec: _Spec, key: str | None, pick: Pick, driver: Any = None) -> Callable[..., Any]:
     from idempotent import _aio
 
-    function = spec.function
+    function, flow = spec.function, spec.flows
     driver = driver or _aio.ASYNC  # tests bring one whose time is their own
 
     async def call(*args: Any, **kwargs: Any) -> Any:
@@ -410,6 +453,8 @@ def _build(spec: _Spec, key: str | None) -> Any:
     ) -> bool:
         if (result is not _UNSET) + (error is not None) + bool(not_applied) != 1:
             raise TypeError("resolve takes exactly one of result=, error= and not_applied=True")
+        if spec.within is not None:
+            raise CallError("there is nothing to resolve: a record within a transaction is never left in doubt")
         run = Run(spec.plan(), RecordId(spec.namespace, check_key(key)), b"", dict)
         return await flow.resolve(run, value=result, error=error, applied=not not_applied)
 

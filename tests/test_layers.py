@@ -21,6 +21,7 @@ LAYERS = [
     ["backends.pubsub", "backends._notify"],
     ["backends._engines", "backends._statements"],
     ["backends.local", "backends.redis", "backends.sql"],
+    ["backends._caller"],
     ["_config"],
     ["_run"],
     ["_flow", "_rooms"],
@@ -28,6 +29,7 @@ LAYERS = [
     ["_drive", "_aio"],
     ["_types"],
     ["lock"],
+    ["_within"],
     ["decorator"],
     ["http._rules"],
     ["http._exchange"],
@@ -36,6 +38,7 @@ LAYERS = [
     ["http.asgi", "http.wsgi", "http._httpx", "http._requests"],
     ["http.django", "http.client"],
     ["http"],
+    ["sql"],
     ["_demo"],
     ["__init__"],
     ["__main__"],
@@ -95,7 +98,10 @@ def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(hea
     subjects = {
         "redis": {"backends.redis", "backends.pubsub"},
         "hypothesis": {"testing.strategies", "testing.stateful"},
-        "sqlalchemy": {"backends.sql", "backends._engines", "backends._notify", "backends._statements"},
+        "sqlalchemy": {
+            *("backends.sql", "backends._engines", "backends._notify", "backends._statements", "backends._caller"),
+            "sql",
+        },
     }
     importers = set()
     for path in FILES:

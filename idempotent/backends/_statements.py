@@ -61,10 +61,14 @@ def records_table(metadata: sa.MetaData, name: str = "idempotent_records", schem
 
 
 class Statements:
-    """The statements on one table, for one dialect."""
+    """The statements on one table, for one dialect.
 
-    def __init__(self, table: sa.Table, dialect: str) -> None:
+    `notifies`: whether those who wait on PostgreSQL are told; the locks that this takes last as long as the transaction.
+    """
+
+    def __init__(self, table: sa.Table, dialect: str, *, notifies: bool = True) -> None:
         self._dialect = dialect
+        self._notifies = notifies and dialect == "postgresql"
         # As text: aiomysql 0.3 breaks on bytes under PyMySQL 1.2, where a name that it imports is no function any more.
         self._hex = dialect in ("mysql", "mariadb")
         c = table.c
@@ -145,7 +149,7 @@ class Statements:
             for column in columns
         }
         self._swap = table.update().where(unchanged).values(values)
-        if dialect == "postgresql":
+        if self._notifies:
             self._settle = self._settle.returning(notify.notifying())
             self._release = self._release.returning(notify.notifying())
             self._swap = self._swap.returning(notify.notifying(unless=c.state == "R"))
@@ -208,7 +212,7 @@ class Statements:
         return values
 
     def _bucket(self, rid: RecordId) -> dict[str, Any]:
-        return {"b_bucket": notify.bucket_of(rid.digest)} if self._dialect == "postgresql" else {}
+        return {"b_bucket": notify.bucket_of(rid.digest)} if self._notifies else {}
 
     def fresh(self, connection: Connection, rid: RecordId, ask: machine.Ask) -> tuple[int | None, Row | None, int]:
         """Claim a record that is not there: its token. Else None, the row that is there, and the time."""
