@@ -157,7 +157,7 @@ async def _settle(run: Run, place: CallersTransaction, value: Any) -> Replay:
     return Replay(result, replayed=False, stored=stored, token=token, age=0.0)
 
 
-async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
+async def abandon(_driver: Driver, run: Run, error: BaseException) -> None:
     """Undo what a call that raised has done in the transaction, then release its key or record the error.
 
     Never masks `error`. Where even this fails, a note says that the transaction must be rolled back.

@@ -67,10 +67,11 @@ class Bank:
     def make(self, *, asynchronous: bool | None = None, **options: Any) -> Any:
         """An engine; without a pool, as each transaction of an async test has a loop of its own."""
         asynchronous = self.is_async if asynchronous is None else asynchronous
-        if "pool_size" not in options:
+        if not options.keys() & {"pool_size", "poolclass"}:
             options["poolclass"] = sa.NullPool
         if asynchronous:
-            return create_async_engine(self.url, connect_args=self.arguments, **options)
+            url = self.url.set(drivername=DRIVERS[self.kind][1])
+            return create_async_engine(url, connect_args=self.arguments, **options)
         url = self.url.set(drivername=DRIVERS["postgres" if self.kind == "asyncpg" else self.kind][0])
         return sa.create_engine(url, connect_args=self._sync_arguments(), **options)
 
@@ -78,7 +79,9 @@ class Bank:
         """How many effects there are."""
         with self.sync.connect() as connection:
             found = sa.select(sa.func.count()).select_from(Entry)
-            return int(connection.execute(found if account is None else found.where(Entry.account == account)).scalar_one())
+            return int(
+                connection.execute(found if account is None else found.where(Entry.account == account)).scalar_one()
+            )
 
     def records(self) -> list[str]:
         """The states of the records that count: no tombstones."""

@@ -1,7 +1,6 @@
 """`within=`: claim, work and outcome share the fate of the caller's transaction, on every database and in both colours."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -256,14 +255,23 @@ def test_a_storm_in_which_every_second_transaction_is_rolled_back_has_one_effect
     bank.commit(pay, "warm", 1)
     barrier, answers = threading.Barrier(8), []
 
-    def run(number: int) -> None:
-        barrier.wait()
+    def attempt(number: int) -> Any:
         with bank.transaction() as transaction:
-            answers.append(transaction.call(pay, "a", 5))
+            receipt = transaction.call(pay, "a", 5)
             if number % 2:
                 transaction.rollback()
             else:
                 transaction.commit()
+            return receipt
+
+    def run(number: int) -> None:
+        barrier.wait()
+        while True:
+            try:
+                answers.append(attempt(number))
+                return
+            except exc.OperationalError as error:  # InnoDB may make a deadlock of those who waited for a rollback
+                assert "Deadlock" in str(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -329,37 +337,21 @@ def test_a_frozen_loop_is_none_while_a_duplicate_waits(bank: Bank) -> None:
     assert asyncio.run(main()) == [False, True]
 
 
-@on("postgres", "asyncpg", "mariadb")
-def test_a_conflict_of_transactions_reaches_the_caller_whose_retry_is_answered(bank: Bank) -> None:
-    level = {"isolation_level": "SERIALIZABLE"}
+@on("postgres", "asyncpg")
+@pytest.mark.parametrize("level", ["SERIALIZABLE", "REPEATABLE READ"])
+def test_a_conflict_of_transactions_reaches_the_caller_whose_retry_is_answered(bank: Bank, level: str) -> None:
     pay = bank.define(deposit, key="{account}")
     bank.commit(pay, "warm", 1)
-    engine = bank.make(**level)
-
-    def look(session: Any) -> Any:  # the snapshot is taken here
-        return session.execute(sa.text("SELECT 1 FROM idempotent_records")).all()
-
-    with bank.transaction(engine=engine) as first, bank.transaction(engine=engine) as second:
-        first.do(look)
-        second.do(look)
-        waiting = second.start(pay, "a", 5)
-        first_receipt = None
-        with contextlib.suppress(exc.OperationalError, exc.DBAPIError):
-            first_receipt = first.call(pay, "a", 5)
-            first.commit()
-        if first_receipt is None:
-            first.rollback()
-        try:
-            receipt = waiting.result(30)
-            second.commit()
-        except exc.DBAPIError as error:
-            assert not isinstance(error, exc.IntegrityError)
-            assert "parameters hidden" in str(error)
-            second.rollback()
-            receipt = second.call(pay, "a", 5)
-            second.commit()
-    assert receipt == Receipt("a", Decimal(5))
-    assert bank.commit(pay, "a", 5) == receipt
+    with bank.transaction(engine=bank.make(isolation_level=level)) as late:
+        late.do(lambda session: session.execute(sa.text("SELECT 1 FROM ledger")).all())  # the snapshot is taken here
+        receipt = bank.commit(pay, "a", 5)
+        with pytest.raises(exc.DBAPIError) as conflict:
+            late.call(pay, "a", 5)
+        assert conflict.value.orig.sqlstate == "40001"
+        assert "parameters hidden" in str(conflict.value)
+        late.rollback()
+        assert late.call(pay, "a", 5) == receipt
+        late.commit()
     assert bank.entries("a") == 1
 
 
@@ -384,16 +376,23 @@ def test_a_deadlock_reaches_one_of_the_two_and_the_other_goes_on(bank: Bank) -> 
     with bank.transaction() as first, bank.transaction() as second:
         first.call(pay, "a", 1)
         second.call(pay, "b", 1)
-        crossing = first.start(pay, "b", 1)
         errors: list[Exception] = []
-        for transaction, call in ((second, lambda: second.call(pay, "a", 1)), (first, lambda: crossing.result(30))):
+
+        def cross(transaction: Any, account: str) -> None:
             try:
-                call()
+                transaction.call(pay, account, 1)
                 transaction.commit()
             except exc.OperationalError as error:
                 errors.append(error)
                 transaction.rollback()
+
+        threads = [threading.Thread(target=cross, args=args) for args in ((first, "b"), (second, "a"))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         assert len(errors) == 1
+        assert "deadlock" in str(errors[0]).lower()
     for account in "ab":
         bank.commit(pay, account, 1)
     assert (bank.entries("a"), bank.entries("b")) == (1, 1)
@@ -402,6 +401,7 @@ def test_a_deadlock_reaches_one_of_the_two_and_the_other_goes_on(bank: Bank) -> 
 @on("sqlite", "postgres", "mariadb")
 def test_a_commit_whose_reply_is_lost_is_retried_and_replays(bank: Bank) -> None:
     pay = bank.define(deposit, key="{account}")
+    bank.commit(pay, "warm", 5)
     dialect = bank.engine.dialect
     commit, lost = dialect.do_commit, []
 
@@ -415,16 +415,20 @@ def test_a_commit_whose_reply_is_lost_is_retried_and_replays(bank: Bank) -> None
     with pytest.raises(ConnectionResetError):
         bank.commit(pay, "a", 5)
     assert bank.commit(pay.outcome, "a", 5).replayed
-    assert bank.entries() == 1
+    assert bank.entries("a") == 1
 
 
 # -------------------------------------------------------------------------------------------- kill -9 at every statement
 
 
-@pytest.mark.parametrize("bank", [b for b in BANKS if b[0] != "asyncpg"] + [("asyncpg", "async")], ids="-".join, indirect=True)
+@pytest.mark.parametrize(
+    "bank", [b for b in BANKS if b[0] != "asyncpg"] + [("asyncpg", "async")], ids="-".join, indirect=True
+)
 def test_a_worker_killed_at_any_statement_leaves_both_or_neither(bank: Bank) -> None:
     """P7: before and after each statement and the commit, the process dies; then the rows are counted."""
-    setup = json.dumps({"kind": bank.kind, "colour": bank.colour.name, "url": str(bank.url.render_as_string(False)), "name": bank.name})
+    setup = json.dumps(
+        {"kind": bank.kind, "colour": bank.colour.name, "url": str(bank.url.render_as_string(False)), "name": bank.name}
+    )
     root = Path(__file__).parent
     worker = subprocess.Popen(
         [sys.executable, str(root / "bank_worker.py"), setup],
@@ -748,9 +752,16 @@ def test_peek_forget_explain_and_a_backend_of_the_database_see_one_record(bank: 
         seen = leased.peek(None, "a", 5)
         with bank.transaction() as transaction:
             mine = transaction.call(pay.peek, "a", 5)
-            assert transaction.call(pay.with_key("a").peek)._replace(age=0, expires_in=0) == mine._replace(age=0, expires_in=0)
+            assert transaction.call(pay.with_key("a").peek)._replace(age=0, expires_in=0) == mine._replace(
+                age=0, expires_in=0
+            )
             assert transaction.call(pay.with_key("a").explain).decision == "would_replay"
-            assert (seen.state, seen.token, seen.fingerprint, seen.size) == (mine.state, mine.token, mine.fingerprint, mine.size)
+            assert (seen.state, seen.token, seen.fingerprint, seen.size) == (
+                mine.state,
+                mine.token,
+                mine.fingerprint,
+                mine.size,
+            )
             assert transaction.call(pay.forget, "a", 5)
             assert transaction.call(pay.peek, "a", 5) is None
             transaction.rollback()
@@ -808,6 +819,8 @@ def test_the_sqlite_module_sends_no_begin_before_a_savepoint_and_the_claim_is_un
 @on("sqlite", colours="sync")
 def test_applications_that_send_begin_themselves(bank: Bank) -> None:
     engine = bank.make()
+    with bank.sync.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # where who reads does not hold up who writes
 
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:

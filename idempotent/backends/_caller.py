@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from idempotent import _machine as machine
-from idempotent._record import Claim, Record, RecordId, Row, State, describe
+from idempotent._record import Answer, Claim, Record, RecordId, Row, State, describe
 from idempotent.backends._engines import DIALECTS
 from idempotent.backends._statements import Statements, _row, records_table
 from idempotent.backends.sql import SQLBackend, _is_missing
@@ -37,7 +37,7 @@ Subject = Session | Connection
 AsyncSubject = AsyncSession | AsyncConnection
 
 
-class Blocked(Exception):  # noqa: N818
+class Blocked(Exception):
     """Another transaction holds the key, and the time to wait for it is over."""
 
 
@@ -92,7 +92,7 @@ class _Claims(Statements):
         }
         self._place: sa.Insert
         if self._hex:
-            # Unlike a plain insert it waits for the row's own lock: no two who wait can deadlock when the first rolls back.
+            # A plain insert leaves a shared lock on the row that is there, and two who then want more of it deadlock.
             self._place = mysql.insert(self.table).values(binds).on_duplicate_key_update(id=self.table.c.id)
         else:
             insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
@@ -221,11 +221,11 @@ class CallersTransaction(SQLBackend):
             with make.waiting(connection, seconds):
                 try:
                     begun(connection)
-                    with connection.begin_nested():
+                    with _savepoint(connection):
                         return make.claim(connection, rid, ask)
                 except exc.DBAPIError as error:
                     if _is_blocked(error):
-                        raise Blocked from error
+                        raise Blocked from error.orig
                     raise
 
         return await self._with_table(work)
@@ -263,7 +263,7 @@ class CallersTransaction(SQLBackend):
         make = self._statements
 
         def work(connection: Connection) -> Record | None:
-            with contextlib.nullcontext() if self.name == "sqlite" else connection.begin_nested():
+            with contextlib.nullcontext() if self.name == "sqlite" else _savepoint(connection):
                 row, now = make.look(connection, rid)
                 return None if row is None else describe(rid, row, now)
 
@@ -274,13 +274,23 @@ class CallersTransaction(SQLBackend):
                 return None
             raise
 
+    async def _settle(
+        self, rid: RecordId, state: State, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+    ) -> Answer:
+        try:
+            return await super()._settle(rid, state, attempt, token, codec, body, ttl)
+        except exc.DBAPIError as error:
+            if self.stands or not _is_missing(error):
+                raise
+            return Answer.GONE  # the function has rolled back, and on SQLite the table is gone, too
+
     async def _run(self, work: Callable[[Connection], R], budget: float) -> R:
         if self._savepoint is not None:
             return await self.on(lambda subject: work(connection_of(subject)))
 
         def guarded(connection: Connection) -> R:
             begun(connection)
-            with connection.begin_nested():
+            with _savepoint(connection):
                 return work(connection)
 
         return await self._with_table(guarded)
@@ -306,7 +316,7 @@ class CallersTransaction(SQLBackend):
                 if other.connection.driver_connection is connection.connection.driver_connection:
                     raise BackendError("the engine has this one connection only; make the table beforehand")
                 if (schemas := connection.get_execution_options().get("schema_translate_map")) is not None:
-                    other = other.execution_options(schema_translate_map=schemas)
+                    other.execution_options(schema_translate_map=schemas)
                 metadata.create_all(other)
                 other.commit()
         except exc.TimeoutError as error:
@@ -316,6 +326,19 @@ class CallersTransaction(SQLBackend):
             ) from error
         except exc.DBAPIError:
             return  # others make it at the same moment, or we may not: the next try tells
+
+
+@contextlib.contextmanager
+def _savepoint(connection: Connection) -> Iterator[None]:
+    """A savepoint, whose own failure to be rolled back hides nothing: after a deadlock MariaDB has none left."""
+    transaction = connection.begin_nested()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(exc.SQLAlchemyError):
+            transaction.rollback()
+        raise
+    transaction.commit()
 
 
 def _dialect_of(subject: Any) -> str:
@@ -342,8 +365,8 @@ def _is_blocked(error: exc.DBAPIError) -> bool:
     number = cause.args[0] if cause.args else None
     if isinstance(number, dict):  # pg8000
         number = number.get("C")
-    state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or number
-    return state in ("55P03", 1205, 3572)
+    states = (number, getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None))
+    return "55P03" in states or number in (1205, 3572)
 
 
 _BUSY_SNAPSHOT = 517

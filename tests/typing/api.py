@@ -5,6 +5,10 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any, assert_type
 
+from sqlalchemy import MetaData, Row, Table
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
 from idempotent import (
     Applied,
     AsyncIdempotent,
@@ -31,6 +35,7 @@ from idempotent import (
     with_key,
 )
 from idempotent._types import Stats
+from idempotent.sql import compare_and_set, insert_once
 
 
 @idempotent
@@ -53,6 +58,16 @@ async def charge_async(order: str, amount: int = 1) -> dict[str, int]:
     return {order: amount}
 
 
+@idempotent(within="session")
+def in_transaction(session: Session, order: str) -> int:
+    return 1
+
+
+@idempotent(keep_result=False, within="session")
+async def in_transaction_async(session: AsyncSession, order: str) -> int:
+    return 1
+
+
 @idempotent(keep_result=False)
 def forgetful(order: str) -> int:
     return 1
@@ -64,6 +79,12 @@ async def forgetful_async(order: str) -> int:
 
 
 assert_type(bare("o"), int)
+assert_type(in_transaction(Session(), "o"), int)
+assert_type(in_transaction.peek(Session(), "o"), Record | None)
+assert_type(insert_once(Session(), list[int], "k", {}), tuple[list[int], bool])
+TABLE = Table("t", MetaData())
+assert_type(insert_once(Session(), TABLE, "k", {}), tuple[Row[Any], bool])
+assert_type(compare_and_set(Session(), TABLE, {}, {}, "k"), bool)
 assert_type(charge("o", amount=1), list[str])
 assert_type(charge.outcome("o", amount=1), Outcome[list[str]])
 assert_type(charge.outcome("o", amount=1).value, list[str])
@@ -145,6 +166,7 @@ wrong: Callable[[int], int] = bare  # type: ignore[assignment]  # pyright: ignor
 
 
 async def colours() -> None:
+    assert_type(await in_transaction_async(AsyncSession(), "o"), int | None)
     assert_type(await bare_async("o"), int)
     assert_type(await charge_async("o"), dict[str, int])
     assert_type(await charge_async.outcome("o"), Outcome[dict[str, int]])
