@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from idempotent.errors import ResultTypeWarning as ResultTypeWarning
     from idempotent.errors import ResultUnavailable as ResultUnavailable
     from idempotent.errors import SerializationError as SerializationError
+    from idempotent.errors import StepMismatch as StepMismatch
     from idempotent.errors import UnprotectedWarning as UnprotectedWarning
     from idempotent.errors import UnstableKey as UnstableKey
     from idempotent.events import Event as Event
@@ -111,6 +112,7 @@ _HOMES = {
         "ResultTypeWarning",
         "ResultUnavailable",
         "SerializationError",
+        "StepMismatch",
         "UnprotectedWarning",
         "UnstableKey",
     ),

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from idempotent import _steps as steps
 from idempotent._drive import Beating
 from idempotent._flow import renew
-from idempotent._run import Run
+from idempotent._run import Call, Run
 from idempotent._signals import TaskWaiter
 
 __all__ = ["ASYNC", "AsyncDriver", "finish"]
@@ -108,4 +110,31 @@ class AsyncDriver(Generic[B]):
             run.beating.drop()
 
 
-ASYNC: AsyncDriver[Run] = AsyncDriver(renew)
+class CallDriver(AsyncDriver[Run]):
+    """The driver of async functions' calls."""
+
+    def step(
+        self, call: Call, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
+        """As Call.step. The step's place is the one in which it is asked for, whenever it is awaited."""
+        if not steps.is_async(function):
+            raise TypeError(f"the step {name!r} is no async function; in an async function steps are awaited")
+        return self._step(steps.Step(call, name, function, args, kwargs), function, args, kwargs)
+
+    async def _step(
+        self, step: steps.Step, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            replay = await steps.begin(self, step)
+            if replay is not None:
+                return replay.value
+            value = await function(*args, **kwargs)
+        except GeneratorExit:  # the coroutine is thrown away and can await nothing
+            raise
+        except BaseException as error:
+            await finish(functools.partial(steps.drop, self, step, error))
+            raise
+        return await finish(functools.partial(steps.settle, self, step, value))
+
+
+ASYNC = CallDriver(renew)

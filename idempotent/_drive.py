@@ -10,8 +10,9 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
+from idempotent import _steps as steps
 from idempotent._flow import renew
-from idempotent._run import Run
+from idempotent._run import Call, Run
 from idempotent._signals import ThreadWaiter
 from idempotent.backends.base import Backend
 from idempotent.errors import BackendError, IdempotencyError
@@ -237,7 +238,33 @@ class SyncDriver(Generic[B]):
             run.beating = None
 
 
-SYNC: SyncDriver[Run] = SyncDriver(renew)
+class CallDriver(SyncDriver[Run]):
+    """The driver of sync functions' calls."""
+
+    def step(
+        self, call: Call, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As Call.step."""
+        if steps.is_async(function):
+            raise TypeError(f"the step {name!r} is an async function, and a sync function cannot await it")
+        step = steps.Step(call, name, function, args, kwargs)
+        value: Any = steps.NOTHING
+        try:
+            replay = drive(steps.begin(self, step))
+            if replay is not None:
+                return replay.value
+            value = function(*args, **kwargs)
+            return drive(steps.settle(self, step, value))
+        except BaseException as error:
+            if value is steps.NOTHING:
+                finish(functools.partial(steps.drop, self, step, error))
+            elif not isinstance(error, Exception):
+                # A signal handler raised this after the step was done: it is recorded all the same.
+                finish(functools.partial(steps.settle, self, step, value))
+            raise
+
+
+SYNC = CallDriver(renew)
 
 
 def _after_fork() -> None:

@@ -12,11 +12,13 @@ from random import random
 from typing import Any
 
 from idempotent._record import (
+    STEPS,
     Answer,
     Claim,
     Granted,
     Mismatched,
     Record,
+    RecordId,
     Settled,
     Unknown,
 )
@@ -551,8 +553,13 @@ async def peek(run: Run) -> Record | None:
 
 
 async def forget(run: Run, *, force: bool) -> bool:
-    """Remove the record, so that the next call runs; whether there was one. Raises InProgress for a running one."""
-    found = await run.plan.backend.forget(run.rid, force=force)
+    """Remove the record and its steps, so that the next call runs; whether there was one. Raises InProgress for a running one."""
+    backend = run.plan.backend
+    found = None if force else await backend.read(run.rid)
+    if found is None or found.state != "running":
+        # First: with the record gone, a new call could find them and skip what it is to do anew.
+        await backend.forget(RecordId(run.rid.text, "", STEPS), force=True)
+    found = await backend.forget(run.rid, force=force)
     if force:
         run.plan.flights.ground(run.rid)
     if found is not None and found.state == "running" and not force:

@@ -15,6 +15,8 @@ CALLS = "c"
 """The key space of idempotency keys."""
 LOCKS = "l"
 """The key space of lock names: the two never meet."""
+STEPS = "s"
+"""The key space of steps: what a call has done so far. The namespace is the call's own id as text."""
 
 ATTEMPT_BYTES = 8
 FINGERPRINT_BYTES = 16
@@ -62,7 +64,7 @@ class RecordId:
     def parse(cls, text: str) -> "RecordId":
         """The id whose `text` this is. Raises BackendError for any other string."""
         length, colon, rest = text[1:].partition(":")
-        if text[:1] in (CALLS, LOCKS) and colon and length.isdecimal() and len(length) < 10:
+        if text[:1] in (CALLS, LOCKS, STEPS) and colon and length.isdecimal() and len(length) < 10:
             cut = int(length)
             found = cls(rest[:cut], rest[cut + 1 :], text[0])
             if found.text == text:

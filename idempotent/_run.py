@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from idempotent import events
 from idempotent._record import ATTEMPT_BYTES, RecordId, Settled
@@ -19,6 +19,9 @@ from idempotent.backends.base import Backend
 from idempotent.errors import BackendUnavailable, LeaseLost
 from idempotent.events import EventName, Hook
 from idempotent.serializers import Codec
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MARGIN = 0.01
 """The part of a lease that local validity leaves out, for clocks that do not run at one speed."""
@@ -48,6 +51,16 @@ class Driver(Protocol):
         ...
 
 
+class Stepper(Protocol):
+    """What runs a step: the drivers of threads and of tasks, in their colour."""
+
+    def step(
+        self, call: "Call", name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run `function`, or give what is recorded of it."""
+        ...
+
+
 class Plan:
     """What one decorated function asked for, with the defaults filled in; durations in seconds."""
 
@@ -62,6 +75,7 @@ class Plan:
         "namespace",
         "probe",
         "run_on_outage",
+        "serializer",
         "stats",
         "takeover",
         "ttl",
@@ -84,6 +98,7 @@ class Plan:
         run_on_outage: bool,
         hooks: tuple[Hook, ...],
         stats: dict[EventName, int],
+        serializer: Any = None,
     ) -> None:
         self.backend = backend
         self.flights = flights
@@ -99,6 +114,8 @@ class Plan:
         self.run_on_outage = run_on_outage
         self.hooks = hooks
         self.stats = stats
+        self.serializer = serializer
+        """What results become bytes by, for those of steps; None: JSON."""
 
     @property
     def keep(self) -> float | None:
@@ -186,11 +203,13 @@ class Run:
 class Call:
     """The call that is running, as its function sees it through `current_call()`; a probe gets one too."""
 
-    __slots__ = ("_driver", "_outer", "_over", "_run")
+    __slots__ = ("_driver", "_journal", "_outer", "_over", "_run")
 
     def __init__(self, driver: Driver, run: Run) -> None:
         self._driver = driver
         self._run = run
+        self._journal: Any = None
+        """What the steps of this run have come to; None: there was none yet."""
         self._outer = _current.get()
         self._over = False
         inner = self  # finished calls are left out: a task that starts the next one for ever makes no endless chain
@@ -239,6 +258,35 @@ class Call:
         32 hexadecimal characters; it tells nothing about the key.
         """
         return RecordId(self._run.rid.text, name, "d").digest[:32]
+
+    def step(self, name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do a part of the work that a rerun of this call shall not do again: its result is recorded under the call's key.
+
+        A run after a crash, or after an error, gets the result of each recorded step instead of running it, and goes on
+        behind the last one. Steps must be asked for in the same order and with the same arguments each time.
+
+        A step that raises is not recorded and may be tried again. Not covered is a crash between a step's effect and its
+        record: give the step a `downstream_key`, too, where that must not happen twice. Steps are kept for the `ttl` of
+        the function, from the first one on; `forget` drops them with the call's record.
+
+        In an async function the step is one as well, and is awaited.
+
+        Args:
+            name: says which step this is.
+            function: does it; its return annotation says how the result is kept, as for a decorated function's.
+            *args: its arguments, compared with those of the earlier run. What has no stable form, such as a client, is
+                brought by a closure or a partial instead.
+            **kwargs: the same, by name.
+
+        Raises, besides what the function raises:
+            StepMismatch: an earlier run recorded another step here, or other arguments.
+            LeaseLost: another run of this key has taken over.
+            UnstableKey: an argument has no stable form.
+            ResultUnavailable: the step was done, and its result could not be kept.
+            BackendUnavailable: the step could not be claimed, and was not run.
+            CallError: there is no claim to record steps under (a probe, or a call that uses `within=`).
+        """
+        return cast("R", cast("Stepper", self._driver).step(self, name, function, args, kwargs))
 
     def __repr__(self) -> str:
         return f"<Call {self._run.rid.digest} token={self.token}>"

@@ -266,6 +266,7 @@ class _Spec:
                 run_on_outage=options.get("on_outage", settings.on_outage) == "run",
                 hooks=settings.hooks,
                 stats=self.stats,
+                serializer=options.get("serializer") or settings.serializer,
             )
             made = self._made = (settings, plan)
         return made[1]

@@ -5,7 +5,8 @@
     │   ├── KeyRequired          the key function gave None or an empty key
     │   ├── UnstableKey          an argument has no stable canonical form
     │   ├── InvalidKey           too long, control characters, not text
-    │   └── FingerprintMismatch  this key was used with other arguments           (HTTP 422)
+    │   ├── FingerprintMismatch  this key was used with other arguments           (HTTP 422)
+    │   └── StepMismatch         a rerun asks for other steps than were recorded
     ├── InProgress               the first call is still running                  (HTTP 409, Retry-After)
     ├── OutcomeError
     │   ├── OutcomeUnknown       a runner died and on_crash says not to guess     (HTTP 409)
@@ -45,6 +46,7 @@ __all__ = [
     "ResultTypeWarning",
     "ResultUnavailable",
     "SerializationError",
+    "StepMismatch",
     "UnprotectedWarning",
     "UnstableKey",
 ]
@@ -101,6 +103,29 @@ class FingerprintMismatch(CallError):
         self.age = age
         self.stored = stored
         self.given = given
+
+
+class StepMismatch(CallError):
+    """A run asks for another step than an earlier run of its key began at this place. The step did not run.
+
+    Raised inside the function, so the key is released, and what was recorded stays: put the old order of steps and
+    their arguments back, or settle by hand what they did and `forget` the key.
+
+    Attributes:
+        key_digest: digest of namespace and key of the call.
+        step: the name that was asked for.
+        place: how many steps were done before it.
+    """
+
+    def __init__(self, key_digest: str, *, step: str, place: int, same_name: bool) -> None:
+        other = "this step with other arguments" if same_name else "another step"
+        super().__init__(
+            f"the call with key {key_digest} asks for the step {step!r} at place {place},"
+            f" where an earlier run of it began {other}; it was not run"
+        )
+        self.key_digest = key_digest
+        self.step = step
+        self.place = place
 
 
 class InProgress(IdempotencyError):

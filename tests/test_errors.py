@@ -28,6 +28,7 @@ from idempotent.errors import (
     ResultTypeWarning,
     ResultUnavailable,
     SerializationError,
+    StepMismatch,
     UnprotectedWarning,
     UnstableKey,
 )
@@ -41,6 +42,7 @@ MADE: list[IdempotencyError] = [
     UnstableKey("said"),
     InvalidKey("said"),
     FingerprintMismatch(DIGEST, age=1.5, stored="aa", given="bb"),
+    StepMismatch(DIGEST, step="charge", place=0, same_name=True),
     InProgress(DIGEST, retry_after=2.5, detail="why"),
     OutcomeError("said"),
     OutcomeUnknown(DIGEST, age=3.5),
@@ -81,7 +83,7 @@ def is_error(kind: object) -> bool:
 
 def test_the_tree_is_as_drawn() -> None:
     tree = drawn_tree()
-    assert len(tree) == 18
+    assert len(tree) == 19
     for name, parent in tree.items():
         bases = [base.__name__ for base in getattr(errors, name).__bases__ if is_error(base)]
         assert bases == ([] if parent is None else [parent]), name

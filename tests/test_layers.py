@@ -25,7 +25,7 @@ LAYERS = [
     ["_config"],
     ["_run"],
     ["_flow", "_rooms"],
-    ["_acquire"],
+    ["_acquire", "_steps"],
     ["_drive", "_aio"],
     ["_types"],
     ["lock"],

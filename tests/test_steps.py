@@ -1,0 +1,589 @@
+"""`current_call().step(...)`: what a rerun does not do again, on every backend and in both colours."""
+
+import asyncio
+import collections
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from colours import COLOURS, Colour
+from faulty import Faulty
+from test_calls import Gate
+
+from idempotent import (
+    BackendUnavailable,
+    CallError,
+    Encrypted,
+    LeaseLost,
+    NotApplied,
+    OutcomeUnknown,
+    PickleSerializer,
+    ResultUnavailable,
+    StepMismatch,
+    UnprotectedWarning,
+    UnstableKey,
+    current_call,
+    idempotent,
+    open_backend,
+)
+from idempotent._drive import drive
+
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    return request.param
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+@dataclass
+class Charge:
+    order: str
+    amount: Decimal
+
+
+class CrashError(BaseException):
+    """As Ctrl-C: treated as a crash, and told at once."""
+
+
+class Shop:
+    """A function of three steps, whose effects are counted, and which goes wrong where it is told to."""
+
+    def __init__(self, colour: Colour, **options: Any) -> None:
+        self.colour = colour
+        self.done: collections.Counter[str] = collections.Counter()
+        self.wrong: dict[str, BaseException] = {}
+        self.order = ["charge", "ship", "mail"]
+        self.amount = Decimal("9.90")
+        self.seen: list[Any] = []
+        lock = threading.Lock()
+
+        def note(name: str) -> None:
+            with lock:
+                self.done[name] += 1
+            if error := self.wrong.get(name):
+                raise error
+
+        def charge(order: str, amount: Decimal) -> Charge:
+            note("charge")
+            return Charge(order, amount)
+
+        def ship(order: str) -> tuple[str, int]:
+            note("ship")
+            return order, self.done["ship"]
+
+        def mail(order: str, subject: str = "thanks") -> None:
+            note("mail")
+
+        async def charge_async(order: str, amount: Decimal) -> Charge:
+            return charge(order, amount)
+
+        async def ship_async(order: str) -> tuple[str, int]:
+            return ship(order)
+
+        async def mail_async(order: str, subject: str = "thanks") -> None:
+            mail(order, subject)
+
+        def step_of(order: str, name: str) -> Any:
+            call = current_call()
+            assert call is not None
+            is_async = colour.is_async
+            if name == "charge":
+                return call.step("charge", charge_async if is_async else charge, order, self.amount)
+            if name == "ship":
+                return call.step("ship", ship_async if is_async else ship, order)
+            return call.step("mail", mail_async if is_async else mail, order, subject="hello")
+
+        def between(name: str) -> None:
+            if error := self.wrong.get(f"after {name}"):
+                raise error
+
+        if colour.is_async:
+
+            async def sell_async(order: str) -> int:
+                self.seen = []
+                for name in self.order:
+                    self.seen.append(await step_of(order, name))
+                    between(name)
+                return len(self.seen)
+
+            self.sell = idempotent(key="{order}", namespace="shop", **options)(sell_async)
+        else:
+
+            def sell(order: str) -> int:
+                self.seen = []
+                for name in self.order:
+                    self.seen.append(step_of(order, name))
+                    between(name)
+                return len(self.seen)
+
+            self.sell = idempotent(key="{order}", namespace="shop", **options)(sell)
+
+    def call(self, order: str = "o") -> Any:
+        return self.colour.call(self.sell, order)
+
+    def fail(self, where: str, error: BaseException) -> None:
+        """Call, and have it fail there with `error`."""
+        self.wrong = {where: error}
+        with pytest.raises(type(error)):
+            self.call()
+        self.wrong = {}
+
+
+RESULTS = [Charge("o", Decimal("9.90")), ("o", 1), None]
+
+
+# ---------------------------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("error", [ValueError("mail server"), CrashError()], ids=["error", "crash"])
+def test_a_rerun_goes_on_behind_the_last_recorded_step(backend_url: str, colour: Colour, error: BaseException) -> None:
+    shop = Shop(colour, backend=backend_url)
+    shop.fail("after ship", error)
+    assert shop.done == {"charge": 1, "ship": 1}
+    shop.fail("mail", error)
+    shop.call()
+    assert shop.seen == RESULTS
+    assert [type(value) for value in shop.seen] == [Charge, tuple, type(None)]
+    assert shop.done == {"charge": 1, "ship": 1, "mail": 2}
+    shop.call()
+    assert shop.done == {"charge": 1, "ship": 1, "mail": 2}
+    assert shop.sell.stats()["completed"] == 1
+
+
+def test_steps_belong_to_their_key(backend_url: str, colour: Colour) -> None:
+    shop = Shop(colour, backend=backend_url)
+    shop.fail("after ship", ValueError())
+    shop.call("another")
+    assert shop.done == {"charge": 2, "ship": 2, "mail": 1}
+
+
+def test_forget_forgets_the_steps_too(backend_url: str, colour: Colour) -> None:
+    shop = Shop(colour, backend=backend_url)
+    shop.fail("after ship", ValueError())
+    assert shop.colour.call(shop.sell.forget, "o") is False  # the key was released
+    shop.call()
+    assert shop.done == {"charge": 2, "ship": 2, "mail": 1}
+    assert shop.colour.call(shop.sell.forget, "o") is True
+    shop.call()
+    assert shop.done == {"charge": 3, "ship": 3, "mail": 2}
+    assert shop.colour.call(shop.sell.forget, "o", force=True) is True
+
+
+def test_steps_are_no_calls_to_those_who_list_them(backend_url: str, colour: Colour) -> None:
+    shop = Shop(COLOURS[0], backend=backend_url)
+    shop.call()
+    backend = open_backend(backend_url).blocking()
+
+    async def names() -> list[str]:
+        return [record.key async for record in backend.scan()]
+
+    assert drive(names()) == ["o"]
+
+
+def test_a_run_after_not_applied_and_after_resolve_goes_on_behind_the_steps(backend_url: str, colour: Colour) -> None:
+    shop = Shop(colour, backend=backend_url, on_crash=lambda call: NotApplied())
+    shop.fail("after charge", CrashError())
+    shop.call()
+    assert shop.done == {"charge": 1, "ship": 1, "mail": 1}
+    other = Shop(colour, backend=backend_url, on_crash="raise")
+    other.wrong = {"after charge": CrashError()}
+    with pytest.raises(CrashError):
+        other.call("p")
+    other.wrong = {}
+    with pytest.raises(OutcomeUnknown):
+        other.call("p")
+    assert colour.call(other.sell.resolve, "p", not_applied=True)
+    other.call("p")
+    assert other.done == {"charge": 1, "ship": 1, "mail": 1}
+
+
+@pytest.mark.parametrize(
+    "serializer", [PickleSerializer(b"s" * 16), Encrypted(None, {"k": b"k" * 32})], ids=["pickle", "encrypted"]
+)
+def test_steps_are_kept_by_the_functions_serializer(backend_url: str, colour: Colour, serializer: Any) -> None:
+    shop = Shop(colour, backend=backend_url, serializer=serializer, keep_result=False)
+    shop.fail("after ship", ValueError())
+    shop.call()
+    assert shop.seen == RESULTS
+    assert shop.done == {"charge": 1, "ship": 1, "mail": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------ mismatches
+
+
+def test_another_order_or_other_arguments_are_refused_before_anything_is_done(backend_url: str, colour: Colour) -> None:
+    shop = Shop(colour, backend=backend_url)
+    shop.fail("after ship", ValueError())
+    done = dict(shop.done)
+
+    shop.order = ["mail", "charge", "ship"]
+    with pytest.raises(StepMismatch, match="'mail' at place 0, where an earlier run of it began another step") as other:
+        shop.call()
+    assert (other.value.step, other.value.place) == ("mail", 0)
+
+    shop.order = ["charge", "mail", "ship"]
+    with pytest.raises(StepMismatch, match="'mail' at place 1"):
+        shop.call()
+
+    shop.order, shop.amount = ["charge", "ship", "mail"], Decimal(1)
+    with pytest.raises(
+        StepMismatch, match="'charge' at place 0, where an earlier run of it began this step with other"
+    ):
+        shop.call()
+    assert shop.done == done
+
+    shop.amount = Decimal("9.90")
+    shop.call()
+    assert shop.done == {"charge": 1, "ship": 1, "mail": 1}
+
+
+def test_a_step_that_raised_is_tried_again_in_its_place(backend_url: str, colour: Colour) -> None:
+    tries = [ConnectionError(), ConnectionError(), None]
+    done: list[str] = []
+    crash = [True]
+
+    def charge() -> str:
+        error = tries.pop(0)
+        if error is not None:
+            raise error
+        done.append("charge")
+        return "charged"
+
+    def last() -> None:
+        done.append("last")
+
+    charge_step, last_step = both(colour, charge), both(colour, last)
+
+    def steps() -> Iterator[Any]:
+        while True:
+            try:
+                yield lambda call: call.step("charge", charge_step)
+                break
+            except ConnectionError:
+                continue
+        yield lambda call: call.step("last", last_step)
+        if crash:
+            crash.clear()
+            raise CrashError
+
+    sell = of_steps(colour, steps, backend=backend_url, namespace="retry")
+    with pytest.raises(CrashError):
+        colour.call(sell)
+    tries.append(AssertionError("it is recorded"))
+    colour.call(sell)
+    assert done == ["charge", "last"]
+
+
+def both(colour: Colour, function: Callable[..., Any]) -> Any:
+    """`function` as a step of this colour."""
+    if not colour.is_async:
+        return function
+
+    @functools.wraps(function)
+    async def twin(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return twin
+
+
+def of_steps(colour: Colour, steps: Callable[[], Iterator[Any]], **options: Any) -> Any:
+    """A decorated function of this colour that does what the generator yields, and gives it what comes of it."""
+
+    def work() -> None:
+        running, send = steps(), None
+        call = current_call()
+        try:
+            todo = next(running)
+            while True:
+                try:
+                    send = todo(call)
+                except Exception as error:
+                    todo = running.throw(error)
+                else:
+                    todo = running.send(send)
+        except StopIteration:
+            return
+
+    async def work_async() -> None:
+        running = steps()
+        call = current_call()
+        try:
+            todo = next(running)
+            while True:
+                try:
+                    send = await todo(call)
+                except Exception as error:
+                    todo = running.throw(error)
+                else:
+                    todo = running.send(send)
+        except StopIteration:
+            return
+
+    return idempotent(**options)(work_async if colour.is_async else work)
+
+
+def test_steps_at_the_same_time_have_the_places_they_were_asked_for_in() -> None:
+    done: list[str] = []
+    fails = [True]
+
+    async def part(name: str) -> str:
+        await asyncio.sleep(0.02 if name == "a" else 0)
+        done.append(name)
+        return name
+
+    @idempotent(backend="local://", namespace="gather")
+    async def work() -> list[str]:
+        call = current_call()
+        assert call is not None
+        found = await asyncio.gather(*[call.step(f"part {name}", part, name) for name in "abc"])
+        if fails:
+            fails.clear()
+            raise ValueError
+        return found
+
+    async def main() -> None:
+        with pytest.raises(ValueError):
+            await work()
+        assert await work() == ["a", "b", "c"]
+
+    asyncio.run(main())
+    assert sorted(done) == ["a", "b", "c"]
+
+
+# ---------------------------------------------------------------------------------------------------- crashes and outages
+
+
+@pytest.mark.parametrize("kill", ["between", "inside"])
+def test_a_worker_that_is_killed_is_resumed_by_another(
+    shared_backend_url: str, colour: Colour, kill: str, tmp_path: Path
+) -> None:
+    effects = tmp_path / "effects"
+    setup = {"url": shared_backend_url, "colour": colour.name, "effects": str(effects), "kill": kill}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "steps_worker.py"), json.dumps(setup)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == -9, done.stderr
+    from steps_worker import define
+
+    sell = define({**setup, "kill": None})
+    assert colour.call(sell, "o") == ["charge o", "ship o", "mail o"]
+    # What was recorded was done once; the step that the worker died in, before its record, is done again.
+    assert effects.read_text().split() == ["charge", "ship", *(["ship"] if kill == "inside" else []), "mail"]
+    assert sell.stats()["taken_over"] == 1
+
+
+def test_a_run_that_was_overtaken_records_no_step_over_its_successors(
+    backend_url: str, colour: Colour, gate: Gate
+) -> None:
+    late = Faulty(open_backend(backend_url))
+    late.plant("renew", "before", times=10_000)  # its heartbeat reaches nobody
+    successor = Gate()
+
+    def define(backend: Any, who: str, its: Gate) -> Any:
+        def step() -> str:
+            its.pass_through()
+            return who
+
+        if colour.is_async:
+
+            async def step_async() -> str:
+                return await asyncio.to_thread(step)
+
+            @idempotent(backend=backend, namespace="overtaken", lease=0.5)
+            async def work_async() -> str:
+                return await current_call().step("only", step_async)
+
+            return work_async
+
+        @idempotent(backend=backend, namespace="overtaken", lease=0.5)
+        def work() -> str:
+            return current_call().step("only", step)
+
+        return work
+
+    first = colour.start(define(late, "late", gate))
+    assert gate.entered.wait(30)
+    second = colour.start(define(Faulty(open_backend(backend_url)), "successor", successor))
+    assert successor.entered.wait(30)
+    late.faults.clear()
+    gate.opened.set()
+    with pytest.raises(LeaseLost):
+        first.result(30)
+    successor.opened.set()
+    assert second.result(30) == "successor"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_reply_that_is_lost_changes_nothing(backend_url: str, colour: Colour, when: Any) -> None:
+    backend = Faulty(open_backend(backend_url))
+    shop = Shop(colour, backend=backend)
+    backend.plant("complete", when, times=3)
+    shop.fail("after ship", ValueError())
+    shop.call()
+    assert shop.done == {"charge": 1, "ship": 1, "mail": 1}
+
+
+def test_a_step_that_cannot_be_recorded_is_done_all_the_same_and_said_so(backend_url: str, colour: Colour) -> None:
+    backend = Faulty(open_backend(backend_url))
+    shop = Shop(colour, backend=backend, lease=0.4)
+    shop.order = ["charge"]
+    shop.fail("after charge", ValueError())  # makes the journal and the first step
+    shop.order = ["charge", "ship"]
+    backend.plant("complete", "before", times=10_000)
+    backend.plant("renew", "before", times=10_000)
+    with pytest.raises((LeaseLost, ValueError)):
+        shop.wrong = {"after ship": ValueError()}
+        shop.call()
+    assert shop.sell.stats()["not_stored"] == 1
+    assert shop.done == {"charge": 1, "ship": 1}
+
+
+def test_a_step_that_cannot_be_claimed_is_not_done(backend_url: str, colour: Colour) -> None:
+    backend = Faulty(open_backend(backend_url))
+    shop = Shop(colour, backend=backend)
+    shop.fail("after charge", ValueError())
+
+    original = Faulty._do
+
+    async def claim_fails(self: Faulty, operation: str, *args: Any, **kwargs: Any) -> Any:
+        if operation == "claim" and args[0].space == "s" and args[0].key.endswith(":1"):
+            raise BackendUnavailable("out")
+        return await original(self, operation, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Faulty, "_do", claim_fails)
+        with pytest.raises(BackendUnavailable):
+            shop.call()
+        assert shop.done == {"charge": 1}
+        open_shop = Shop(colour, backend=backend, on_outage="run")
+        with pytest.warns(UnprotectedWarning, match="the step 'ship'"):
+            open_shop.call()
+        assert open_shop.seen == RESULTS
+        assert open_shop.done == {"ship": 1, "mail": 1}
+
+
+def test_a_result_that_cannot_be_kept_is_not_made_twice(backend_url: str, colour: Colour) -> None:
+    done: list[int] = []
+
+    def make() -> Any:
+        done.append(1)
+        return threading.Lock()
+
+    make_step = both(colour, make)
+
+    def steps() -> Iterator[Any]:
+        yield lambda call: call.step("make", make_step)
+
+    work = of_steps(colour, steps, backend=backend_url, namespace="unkept")
+    for _ in range(2):
+        with pytest.raises(ResultUnavailable):
+            colour.call(work)
+    assert len(done) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- wrong usage
+
+
+def test_a_step_has_the_colour_of_its_function(colour: Colour) -> None:
+    wrong = both(COLOURS[0] if colour.is_async else COLOURS[1], lambda: None)
+
+    def steps() -> Iterator[Any]:
+        yield lambda call: call.step("wrong", wrong)
+
+    with pytest.raises(TypeError, match="async function"):
+        colour.call(of_steps(colour, steps, backend="local://", namespace="wrong"))
+
+
+def test_wrong_steps_are_refused() -> None:
+    kept: list[Any] = []
+    errors: list[Exception] = []
+
+    def attempt(*args: Any) -> None:
+        try:
+            current_call().step(*args)
+        except (TypeError, CallError) as error:
+            errors.append(error)
+
+    @idempotent(backend="local://", namespace="refused")
+    def work() -> None:
+        kept.append(current_call())
+        attempt("", print)
+        attempt(5, print)
+        attempt("open", print, object())
+
+    work()
+    assert [type(error) for error in errors] == [TypeError, TypeError, UnstableKey]
+    assert "an argument of the step 'open'" in str(errors[2])
+    with pytest.raises(CallError, match="too late"):
+        kept[0].step("late", print)
+
+
+def test_a_probe_has_no_steps() -> None:
+    def probe(call: Any) -> Any:
+        call.step("look", print)
+
+    @idempotent(backend="local://", namespace="probe", on_crash=probe)
+    def work() -> None:
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        work()
+    with pytest.raises(CallError, match="a probe has no steps"):
+        work()
+
+
+def test_a_record_within_a_transaction_has_no_steps(tmp_path: Path) -> None:
+    import sqlalchemy as sa
+
+    @idempotent(within="session")
+    def work(session: Any) -> None:
+        current_call().step("charge", print)
+
+    with sa.create_engine(f"sqlite:///{tmp_path}/x.db").connect() as connection:
+        with pytest.raises(CallError, match="within a transaction has no steps"):
+            work(connection)
+    connection.engine.dispose()
+
+
+def test_what_has_no_stable_form_comes_by_a_partial() -> None:
+    client = object()
+    done: list[Any] = []
+
+    def charge(client: object, order: str) -> str:
+        done.append(client)
+        return order
+
+    @idempotent(backend="local://", namespace="partial")
+    def work(fails: bool) -> str:
+        found = current_call().step("charge", functools.partial(charge, client), "o")
+        if len(done) == 1 and not again:
+            again.append(1)
+            raise ValueError
+        return found
+
+    again: list[int] = []
+    with pytest.raises(ValueError):
+        work(True)
+    assert work(True) == "o"
+    assert done == [client]
