@@ -163,6 +163,7 @@ def test_an_error_names_the_key_by_its_digest(error: Any) -> None:
 def test_every_error_about_a_key_takes_its_digest() -> None:
     assert {class_name(error) for error in KEYED} == {
         "FingerprintMismatch",
+        "StepMismatch",
         "InProgress",
         "OutcomeUnknown",
         "ResultUnavailable",
