@@ -134,14 +134,12 @@ async def _settle(run: Run, place: CallersTransaction, value: Any) -> Replay:
         return Replay(value, replayed=False, stored=False, token=token, age=0.0)
     codec, body, result = flow._encode(run, value)
     stands = place.stands
-    if stands:
-        await place.flush()
     try:
         answer = await place.complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
     except BackendError:  # too large for the server
         codec, body = flow.UNAVAILABLE, b"the backend refused to store it"
         answer = await place.complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
-    await place.keep()
+    await place.keep()  # flushes what the function has left
     place.over = True
     stored = answer is Answer.DONE
     run.report("completed" if stored else "not_stored")

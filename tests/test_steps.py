@@ -399,6 +399,7 @@ def test_a_run_that_was_overtaken_records_no_step_over_its_successors(
     late = Faulty(open_backend(backend_url))
     late.plant("renew", "before", times=10_000)  # its heartbeat reaches nobody
     successor = Gate()
+    behind: list[str] = []
 
     def define(backend: Any, who: str, its: Gate) -> Any:
         def step() -> str:
@@ -412,13 +413,17 @@ def test_a_run_that_was_overtaken_records_no_step_over_its_successors(
 
             @idempotent(backend=backend, namespace="overtaken", lease=0.5)
             async def work_async() -> str:
-                return await current_call().step("only", step_async)
+                found = await current_call().step("only", step_async)
+                behind.append(who)
+                return found
 
             return work_async
 
         @idempotent(backend=backend, namespace="overtaken", lease=0.5)
         def work() -> str:
-            return current_call().step("only", step)
+            found = current_call().step("only", step)
+            behind.append(who)
+            return found
 
         return work
 
@@ -432,6 +437,7 @@ def test_a_run_that_was_overtaken_records_no_step_over_its_successors(
         first.result(30)
     successor.opened.set()
     assert second.result(30) == "successor"
+    assert behind == ["successor"]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

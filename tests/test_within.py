@@ -355,6 +355,15 @@ def test_a_conflict_of_transactions_reaches_the_caller_whose_retry_is_answered(b
     assert bank.entries("a") == 1
 
 
+@on("postgres", "asyncpg")
+def test_no_lock_that_waiters_of_other_calls_need_lasts_as_long_as_the_transaction(bank: Bank) -> None:
+    pay = bank.define(deposit, key="{account}")
+    held = sa.text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
+    with bank.transaction() as transaction:
+        transaction.call(pay, "a", 5)
+        assert transaction.do(lambda session: session.execute(held).scalar_one()) == 0
+
+
 @on("mariadb")
 def test_a_snapshot_taken_before_does_not_hide_the_record(bank: Bank) -> None:
     pay = bank.define(deposit, key="{account}")

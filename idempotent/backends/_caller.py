@@ -243,12 +243,8 @@ class CallersTransaction(SQLBackend):
         """Whether the function has left its transaction open."""
         return self._savepoint is not None and self._savepoint.stands
 
-    async def flush(self) -> None:
-        """Send what the function left to be sent. What fails here has failed in the function."""
-        await self.on(lambda subject: subject.flush() if isinstance(subject, Session) else None)
-
     async def keep(self) -> None:
-        """Release the savepoint."""
+        """Flush what the function has left to be sent, and release the savepoint."""
         savepoint = self._savepoint
         if savepoint is not None and savepoint.stands:
             await self.on(lambda _: savepoint.transaction.commit())
