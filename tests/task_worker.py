@@ -47,6 +47,14 @@ options: dict[str, Any] = {"backend": setup["url"], "lease": 1.0, "namespace": "
 def celery_app() -> Any:
     from celery import Celery, signals
 
+    redis_options: dict[str, Any] = {
+        "visibility_timeout": 1,
+        "unacked_mutex_expire": 1,
+        "unacked_restore_interval": 1,  # else it is looked for every 100 seconds only
+        "unacked_restore_throttle": 1,
+    }
+    for name in ("unacked_key", "unacked_index_key", "unacked_mutex_key"):
+        redis_options[name] = f"{setup['queue']}.{name}"  # else shared by all who use the server
     app = Celery("shop", broker=setup["broker"], set_as_current=False)
     app.conf.update(
         task_acks_late=True,
@@ -54,7 +62,7 @@ def celery_app() -> Any:
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
-        broker_transport_options={"visibility_timeout": 1} if setup["broker"].startswith("redis") else {},
+        broker_transport_options=redis_options if setup["broker"].startswith("redis") else {},
     )
 
     @app.task(name="charge", bind=True)
