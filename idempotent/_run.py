@@ -16,7 +16,7 @@ from idempotent import events
 from idempotent._record import ATTEMPT_BYTES, RecordId, Settled
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend
-from idempotent.errors import BackendUnavailable, LeaseLost
+from idempotent.errors import BackendUnavailable, CallError, LeaseLost
 from idempotent.events import EventName, Hook
 from idempotent.serializers import Codec
 
@@ -286,6 +286,10 @@ class Call:
             BackendUnavailable: the step could not be claimed, and was not run.
             CallError: there is no claim to record steps under (a probe, or a call that uses `within=`).
         """
+        if not hasattr(self._driver, "step"):
+            raise CallError(
+                f"the step {name!r} cannot be played in virtual time; test functions with steps on a backend"
+            )
         return cast("R", cast("Stepper", self._driver).step(self, name, function, args, kwargs))
 
     def __repr__(self) -> str:

@@ -545,6 +545,17 @@ def test_wrong_steps_are_refused() -> None:
         kept[0].step("late", print)
 
 
+def test_in_virtual_time_there_are_no_steps_and_it_says_so() -> None:
+    from idempotent.testing import NotIdempotent, assert_idempotent
+
+    @idempotent(backend="local://", namespace="virtual")
+    def work() -> None:
+        current_call().step("print", print)
+
+    with pytest.raises(NotIdempotent, match="cannot be played in virtual time"):
+        assert_idempotent(work, [()], lambda: 0)
+
+
 def test_a_probe_has_no_steps() -> None:
     def probe(call: Any) -> Any:
         call.step("look", print)
