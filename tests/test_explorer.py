@@ -10,7 +10,7 @@ import pytest
 
 from idempotent import _flow as flow
 from idempotent import _machine as machine
-from idempotent._record import Answer, Busy, Granted, RecordId, Row, State
+from idempotent._record import Answer, Busy, Granted, Mismatched, RecordId, Row, State, Unknown
 from idempotent.errors import BackendUnavailable
 from idempotent.testing import explore
 from idempotent.testing._world import Applied, Step, hand_over
@@ -231,6 +231,53 @@ async def error_released_after_it_was_recorded(caller: Caller) -> Any:
                 pass
 
 
+def claim_refuses_its_own_arguments(row: Row | None, ask: machine.Ask, now: int) -> Any:
+    if row is not None and row.state is State.COMPLETED:
+        return Mismatched(0.0, row.fingerprint), None
+    return machine.on_claim(row, ask, now)
+
+
+def claim_never_takes_over(row: Row | None, ask: machine.Ask, now: int) -> Any:
+    if row is not None and row.state is State.RUNNING and row.attempt != ask.attempt:
+        return Busy(row.token, 1.0), None
+    return machine.on_claim(row, ask, now)
+
+
+def claim_guesses_at_no_crash(row: Row | None, ask: machine.Ask, now: int) -> Any:
+    return machine.on_claim(row, ask._replace(takeover=False), now)
+
+
+def claim_does_not_tell_the_outcome(row: Row | None, ask: machine.Ask, now: int) -> Any:
+    if row is not None and row.state is State.COMPLETED:
+        return Unknown(row.token, 0.0), None
+    return machine.on_claim(row, ask, now)
+
+
+def settle_refuses_who_is_late(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> Any:
+    if row is not None and row.state is State.RUNNING and row.lease_until <= now:
+        return Answer.GONE, None
+    return machine.on_settle(row, attempt, token, settled, now)
+
+
+def settle_forgets_soon(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> Any:
+    return machine.on_settle(row, attempt, token, settled._replace(expires=now + 1000), now)
+
+
+def settle_stores_another_result(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> Any:
+    return machine.on_settle(row, attempt, token, settled._replace(body=b"torn"), now)
+
+
+def renew_does_nothing(row: Row | None, attempt: bytes, token: int, lease: int, now: int) -> Any:
+    answer, _ = machine.on_renew(row, attempt, token, lease, now)
+    return answer, None
+
+
+def renew_refuses_who_is_late(row: Row | None, attempt: bytes, token: int, lease: int, now: int) -> Any:
+    if row is not None and row.state is State.RUNNING and row.lease_until <= now:
+        return Answer.STALE, None
+    return machine.on_renew(row, attempt, token, lease, now)
+
+
 class Impatient(Model):
     """A waiter that deletes the owner's record when it has waited long enough."""
 
@@ -262,6 +309,15 @@ PLANTS: dict[str, tuple[Any, Any]] = {
     "a waiter that deletes the owner's record": (call, Impatient),
     "a wait that hears of no end": (call, Deaf),
     "a fingerprint that completion drops": (of_two_minds, planted(on_settle=settle_drops_the_fingerprint)),
+    "a call refused for its own arguments": (call, planted(on_claim=claim_refuses_its_own_arguments)),
+    "a dead runner's key that is never free": (call, planted(on_claim=claim_never_takes_over)),
+    "a dead runner's key given up as unknown": (call, planted(on_claim=claim_guesses_at_no_crash)),
+    "an outcome that is not told": (not_guessing, planted(on_claim=claim_does_not_tell_the_outcome)),
+    "an outcome refused for being late": (call, planted(on_settle=settle_refuses_who_is_late)),
+    "an outcome forgotten before its ttl is over": (call, planted(on_settle=settle_forgets_soon)),
+    "another result stored": (call, planted(on_settle=settle_stores_another_result)),
+    "a renewal that does nothing": (renewing, planted(on_renew=renew_does_nothing)),
+    "a renewal refused for being late": (renewing, planted(on_renew=renew_refuses_who_is_late)),
     "an error released after it was recorded": (
         error_released_after_it_was_recorded,
         planted(on_release=release_of_what_is_recorded),
@@ -293,6 +349,53 @@ def test_a_planted_bug_is_convicted(plant: str) -> None:
 
 def test_readme_tells_of_every_planted_bug() -> None:
     assert set(CONVICTED) == set(PLANTS)
+
+
+async def unconfirmed(driver: Any, run: Any, step: Any, *others: Any) -> bool:
+    await step()
+    return False
+
+
+async def releasing_what_is_to_be_recorded(driver: Any, run: Any, error: BaseException) -> None:
+    if run.token is not None:
+        await run.plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
+
+
+async def leaving_it_running(driver: Any, run: Any, error: BaseException) -> None:
+    pass
+
+
+async def unrecorded(driver: Any, run: Any, value: Any) -> Any:
+    return flow.Replay(value, replayed=False, stored=True, token=run.token, age=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "bug", "scenario", "promise"),
+    [
+        ("_confirm", unconfirmed, call, "6. without any fault a caller was told that its outcome is not stored"),
+        ("abandon", releasing_what_is_to_be_recorded, failing_for_good, "2. callers that were told a recorded error"),
+        ("abandon", leaving_it_running, failing_once, "9. a caller that has finished left its record running"),
+        ("settle", unrecorded, call, "9. a caller that has finished left its record running"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_bug_planted_in_the_flows_is_convicted(
+    monkeypatch: pytest.MonkeyPatch, name: str, bug: Any, scenario: Any, promise: str
+) -> None:
+    monkeypatch.setattr(flow, name, bug)
+    found = explore(scenario, callers=3, seconds=60)
+    assert found.violation is not None
+    assert found.violation.promise.startswith(promise)
+
+
+def test_a_record_that_cannot_be_read_is_told_as_a_broken_promise() -> None:
+    class Torn(Model):
+        async def complete(self, rid: RecordId, **settled: Any) -> Answer:
+            return await super().complete(rid, **settled | {"codec": "torn", "body": b"torn"})
+
+    found = explore(model=Torn, callers=1)
+    assert found.violation is not None
+    assert found.violation.promise == "4. what was returned is not what is stored"
 
 
 # ---------------------------------------------------------------------------------------------------- its limits

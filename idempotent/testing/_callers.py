@@ -141,13 +141,20 @@ class End(NamedTuple):
     held: Held | None
 
     @property
+    def recorded(self) -> bool:
+        """It ended with an error of the kind that is recorded."""
+        run = self.run
+        return run is not None and bool(run.plan.error_ttl) and isinstance(self.error, tuple(run.plan.error_ttl))
+
+    @property
     def excused(self) -> bool:
         """It was refused for what it asked itself, or told its function's own error."""
         error, run = self.error, self.run
         if error is None or (run is not None and run.raised):
             return True
-        own = run is not None and bool(run.plan.error_ttl) and isinstance(error, tuple(run.plan.error_ttl))
-        return own or isinstance(error, (FingerprintMismatch, InProgress))
+        plan = run.plan if run is not None else None if self.held is None else self.held.plan
+        impatient = isinstance(error, InProgress) and (plan is None or plan.wait is not None)
+        return self.recorded or impatient or isinstance(error, FingerprintMismatch)
 
 
 class Move(NamedTuple):

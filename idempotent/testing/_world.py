@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 from idempotent import _machine as machine
 from idempotent._record import (
     Answer,
+    Busy,
     Claim,
     Granted,
+    Mismatched,
     Record,
     RecordId,
     Row,
     State,
     StateName,
+    Unknown,
     describe,
 )
 from idempotent.backends.base import Backend, micros
@@ -163,6 +166,29 @@ def _observed(facts: Facts, text: str, row: Row | None, reply: Any) -> Applied:
     return Applied(reply, facts, promise)
 
 
+def _denied(row: Row | None, ask: machine.Ask, reply: Claim, now: int) -> str:
+    """The promise that the answer to a claim breaks; "": none."""
+    if row is None or (row.expires is not None and row.expires <= now):
+        return ""
+    if isinstance(reply, Mismatched) and row.fingerprint in (b"", ask.fingerprint):
+        return "13. a call was refused for other arguments than its own"
+    if isinstance(reply, Unknown) and row.state in SETTLED:
+        return "1. a recorded outcome was not told"
+    over = row.state is State.RUNNING and row.attempt != ask.attempt and row.lease_until <= now
+    if over and (isinstance(reply, Busy) or (isinstance(reply, Unknown) and (ask.takeover or ask.over == row.token))):
+        return "7. a key could not be claimed although its lease was over"
+    return ""
+
+
+def _refused(row: Row | None, attempt: bytes, token: int | None, reply: Answer, now: int) -> str:
+    """The promise that the answer to an owner's command breaks; "": none."""
+    if row is None or row.state not in (State.RUNNING, State.UNKNOWN) or (row.expires or now + 1) <= now:
+        return ""
+    if row.attempt == attempt and token in (None, row.token) and reply is not Answer.DONE:
+        return "10. a lease was reported lost, and nobody had taken over"
+    return ""
+
+
 class Model(Backend):
     """A store in virtual time, each of whose commands waits for the explorer; it serves async flows alone.
 
@@ -175,13 +201,24 @@ class Model(Backend):
         self.now = START
         """Virtual microseconds when its caller was last told something."""
 
-    async def _command(self, label: str, rid: RecordId, decide: Callable[[Any, Row | None, int], Any]) -> Any:
-        """`decide` takes the rules, the row and the time, and gives the reply and the row to store (None: leave it)."""
+    async def _command(
+        self,
+        label: str,
+        rid: RecordId,
+        decide: Callable[[Any, Row | None, int], Any],
+        judge: Callable[[Row | None, Any, Row | None, int], str] = lambda *_: "",
+    ) -> Any:
+        """`decide` takes the rules, the row and the time, and gives the reply and the row to store (None: leave it).
+
+        `judge` takes the row, the reply, the row stored and the time, and says which promise that breaks.
+        """
         text = rid.text
 
         def apply(facts: Facts, rules: Any) -> Applied:
-            reply, row = decide(rules, facts.row(text), facts.now)
-            return _observed(facts, text, row, reply)
+            found = facts.row(text)
+            reply, row = decide(rules, found, facts.now)
+            applied = _observed(facts, text, row, reply)
+            return applied if applied.promise else applied._replace(promise=judge(found, reply, row, facts.now))
 
         return await hand_over(Step(label, apply))
 
@@ -199,13 +236,25 @@ class Model(Backend):
     ) -> Claim:
         kept = None if keep is None else micros(keep)
         ask = machine.Ask(attempt, fingerprint, micros(lease), kept, takeover, over)
-        claimed: Claim = await self._command("claim", rid, lambda rules, row, now: rules.on_claim(row, ask, now))
+        claimed: Claim = await self._command(
+            "claim",
+            rid,
+            lambda rules, row, now: rules.on_claim(row, ask, now),
+            lambda row, reply, _stored, now: _denied(row, ask, reply, now),
+        )
         return claimed
 
     async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
         span = micros(lease)
+
+        def judge(row: Row | None, reply: Answer, stored: Row | None, now: int) -> str:
+            kept = stored or row
+            if reply is Answer.DONE and (kept is None or kept.lease_until < now + span):
+                return "10. a lease was said to be renewed, and it was not"
+            return _refused(row, attempt, token, reply, now)
+
         answer: Answer = await self._command(
-            "renew", rid, lambda rules, row, now: rules.on_renew(row, attempt, token, span, now)
+            "renew", rid, lambda rules, row, now: rules.on_renew(row, attempt, token, span, now), judge
         )
         return answer
 
@@ -224,12 +273,23 @@ class Model(Backend):
             settled = Row(state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body)
             return rules.on_settle(row, attempt, token, settled, now)
 
-        answer: Answer = await self._command(label, rid, decide)
+        def judge(row: Row | None, reply: Answer, stored: Row | None, now: int) -> str:
+            if reply is Answer.DONE and stored is not None:
+                if (stored.state, stored.codec, stored.body) != (state, codec, body):
+                    return "4. another outcome was recorded than was brought"
+                if stored.expires is None or stored.expires < now + micros(ttl):
+                    return "1. a recorded outcome is not kept for its ttl"
+            return _refused(row, attempt, token, reply, now)
+
+        answer: Answer = await self._command(label, rid, decide, judge)
         return answer
 
     async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         answer: Answer = await self._command(
-            "release", rid, lambda rules, row, now: rules.on_release(row, attempt, token, now, unknown=unknown)
+            "release",
+            rid,
+            lambda rules, row, now: rules.on_release(row, attempt, token, now, unknown=unknown),
+            lambda row, reply, _stored, now: _refused(row, attempt, token, reply, now),
         )
         return answer
 

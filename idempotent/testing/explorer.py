@@ -6,13 +6,17 @@ lost, who dies, whose lease ends. It goes every way there is, breadth first, up 
 same state it goes on from there once (explicit-state model checking, as in Clarke, Grumberg, Peled, "Model Checking",
 1999). Nothing here is a model of the flows: they are those that ship.
 
-Invariants: 1. the outcome of a record never changes; 2. callers that succeed agree; 3. tokens grow with each claim that is
-granted; 4. what is returned is what is stored; 5. runs <= 1 + lease ends + releases, and where a crash is not to be
-guessed at, <= 1 + releases; 6. without faults the effect happens exactly once, and nobody is told of trouble; 7. every
-caller that lives comes to an end; 8. who records holds the newest token; 9. a caller that has finished leaves no running
-record of its own; 10. a lease is reported lost only if it ran out or another has taken over; 11. a command applied twice
-changes nothing and answers the same; 12. nobody enters a lock while another surely holds it; 13. no call is answered from
-the outcome of other arguments.
+Invariants: 1. the outcome of a record never changes, and is kept and told for its ttl; 2. callers that succeed agree; 3.
+tokens grow with each claim that is granted; 4. what is returned is what is stored; 5. runs <= 1 + lease ends + releases,
+and where a crash is not to be guessed at, <= 1 + releases; 6. without faults the effect happens exactly once, and nobody is
+told of trouble; with faults, of none that they do not explain; 7. every caller that lives comes to an end, and a key whose
+lease is over can be claimed; 8. who records holds the newest token; 9. a caller that has finished leaves no running record
+of its own; 10. an owner is refused only if another has taken over; 11. a command applied twice changes nothing and answers
+the same; 12. nobody enters a lock while another surely holds it; 13. no call is answered from the outcome of other
+arguments, nor refused for its own.
+
+What is not explored: a command and its reply are one step, so no lease ends between them, and a command that was lost is
+not applied later; the callers share no process; heartbeats beat where a scenario lets them.
 """
 
 import itertools
@@ -25,7 +29,16 @@ from typing import Any, NamedTuple
 
 from idempotent import _machine as machine
 from idempotent._record import Answer, Granted, State
-from idempotent.errors import LeaseLost, NotHeld
+from idempotent._run import Run
+from idempotent.errors import (
+    BackendUnavailable,
+    LeaseLost,
+    LockLost,
+    NotHeld,
+    OutcomeUnknown,
+    ResultUnavailable,
+    SerializationError,
+)
 from idempotent.testing._callers import Caller, End, Local, Move, Scenario, Troupe, call, hold, unavailable
 from idempotent.testing._world import SETTLED, START, Facts, Model, Step, World, Worlds
 
@@ -303,15 +316,36 @@ def _judge(state: State_, limits: _Limits) -> str:
         return "7. a caller waits for ever"
     ends = [local.end for local in living if local.end is not None]
     facts = world.facts
-    if faultless and not facts.expiries and any(not end.excused for end in ends):
-        return "6. without any fault a caller got an error"
+    if faultless and not facts.expiries:
+        if any(not end.excused for end in ends):
+            return "6. without any fault a caller got an error"
+        if any(not end.stored for end in ends):
+            return "6. without any fault a caller was told that its outcome is not stored"
+        if len({repr(end.error) for end in ends if end.recorded}) > 1:
+            return "2. callers that were told a recorded error do not agree"
     for _, row in facts.rows:
         owners = [end for end in ends if (owner := end.run or end.held) is not None and owner.attempt == row.attempt]
         if row.state is State.RUNNING and any(faultless or (end.stored and end.error is None) for end in owners):
             return "9. a caller that has finished left its record running"
+    lossless = left[2] == limits.lost_replies
+    if any(not _explained(end, lossless=lossless, expiries=facts.expiries) for end in ends):
+        return "6. a caller got an error that no fault explains"
     if any(end.held is not None for end in ends):
         return _judge_locks(ends, facts, faultless=faultless)
     return _judge_calls(ends, facts, faultless=faultless)
+
+
+def _explained(end: End, *, lossless: bool, expiries: int) -> bool:
+    """Whether the faults that there were, or what it asked itself, account for a caller's error."""
+    error = end.error
+    if end.excused or (end.run is None and end.held is None) or isinstance(error, (LeaseLost, NotHeld)):
+        return True  # of leases that were lost the tenth promise speaks
+    if isinstance(error, OutcomeUnknown):
+        return end.run is not None and not end.run.plan.takeover
+    if isinstance(error, LockLost):
+        return expiries > 0
+    # What could not be recorded, as far as the caller can tell, is recorded as done at least.
+    return isinstance(error, (BackendUnavailable, ResultUnavailable)) and not lossless
 
 
 def _judge_calls(ends: list[End], facts: Facts, *, faultless: bool) -> str:
@@ -335,12 +369,20 @@ def _judge_calls(ends: list[End], facts: Facts, *, faultless: bool) -> str:
             continue
         for text, row in facts.rows:
             if row.state is State.COMPLETED and text == run.rid.text:
-                if run.plan.codec.decode(row.body, text) != end.value:
+                if _decoded(run, row.body, text) != [end.value]:
                     return "4. what was returned is not what is stored"
     for end in ends:
         if isinstance(end.error, LeaseLost) and end.run is not None and facts.newest[0] <= (end.run.token or 0):
             return "10. a lease was reported lost, and nobody had taken over"
     return ""
+
+
+def _decoded(run: Run, body: bytes, text: str) -> list[Any]:
+    """What a record's body says; empty: nothing that can be read."""
+    try:
+        return [run.plan.codec.decode(body, text)]
+    except SerializationError:
+        return []
 
 
 def _judge_locks(ends: list[End], facts: Facts, *, faultless: bool) -> str:
