@@ -6,6 +6,8 @@ import re
 import sqlite3
 import uuid
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -237,6 +239,82 @@ def test_a_probe_that_sees_nothing_proves_nothing(colour: Colour, effects: Count
         assert_idempotent(charge_of(colour, effects), [("o",)], list)
     with pytest.raises(TypeError, match="cannot be copied"):
         assert_idempotent(charge_of(colour, effects), [("o",)], lambda: (one for one in ()), reset=list)
+
+
+class Table:
+    """A state as pandas has it: its `==` is a table again, which is neither true nor false."""
+
+    def __init__(self, cells: int) -> None:
+        self.cells = cells
+
+    def __eq__(self, other: object) -> Any:
+        return Table(self.cells)
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth of a table is ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_states_that_do_not_compare_are_told(colour: Colour, effects: Counter) -> None:
+    with pytest.raises(TypeError, match=r"effects\(\) gives .* neither true nor false.*plain values"):
+        assert_idempotent(charge_of(colour, effects), [("o",)], lambda: Table(effects.count), reset=lambda: None)
+    with pytest.raises(TypeError, match=r"state\(\) gives .* neither true nor false.*plain values"):
+        assert_naturally_idempotent(effects.hit, [()], lambda: Table(effects.count))
+
+
+@pytest.mark.parametrize("kind", [Decimal, Fraction, float])
+def test_any_kind_of_number_counts_effects(colour: Colour, effects: Counter, kind: Any) -> None:
+    charge = charge_of(colour, effects, on_crash="raise")
+    assert assert_idempotent(charge, [("o",)], lambda: kind(effects.count), callers=2, seconds=60).complete
+    rerun = charge_of(colour, effects)
+    assert "grew by 2, from" in str(failure(rerun, [("o",)], lambda: kind(effects.count), reruns=False))
+
+
+def test_replays_that_keep_no_result_are_no_disagreement(colour: Colour, effects: Counter) -> None:
+    charge = charge_of(colour, effects, keep_result=False, on_crash="raise")
+    assert assert_idempotent(charge, [("o",)], lambda: effects.count, callers=2, seconds=60).complete
+
+
+def test_a_rerun_whose_parts_are_idempotent_repeats_only_the_rest(colour: Colour, effects: Counter) -> None:
+    note = idempotent(key="{order}", backend="local://")(lambda order: effects.hit())
+
+    def charge(order: str) -> None:
+        effects.hit()
+        note(order)
+
+    async def charge_async(order: str) -> None:
+        charge(order)
+
+    outer = idempotent(key="{order}", backend="local://")(charge_async if colour.is_async else charge)
+    proof = assert_idempotent(outer, [("o",)], lambda: effects.count, callers=2, seconds=60)
+    assert proof.complete
+    assert proof.reran
+
+
+def test_arguments_that_the_function_does_not_take_are_named(colour: Colour, effects: Counter) -> None:
+    with pytest.raises(TypeError, match=r"charge\('o', 5, 'eur'\) cannot be called: too many positional arguments"):
+        assert_idempotent(charge_of(colour, effects), [("o", 5, "eur")], lambda: effects.count)
+
+    class Shop:
+        @idempotent(key="{order}", backend="local://")
+        def charge(self, order: str) -> None:
+            effects.hit()
+
+    with pytest.raises(TypeError, match="missing a required argument: 'order'"):
+        assert_idempotent(Shop.charge, [("o",)], lambda: effects.count)
+    assert effects.count == 0
+
+
+def test_a_function_that_fails_at_times_is_told_so(effects: Counter) -> None:
+    @idempotent(key="{order}", backend="local://")
+    def charge(order: str) -> None:
+        if effects.hit() % 2 == 0:
+            raise OSError("no route")
+
+    failed = failure(charge, [("o",)], lambda: effects.count)
+    assert "raised OSError (no route) when it was called anew" in str(failed)
+    assert "or it fails at times" in str(failed)
 
 
 def test_limits_and_calls_are_checked(colour: Colour, effects: Counter) -> None:
@@ -519,6 +597,24 @@ def test_sql_statements_of_every_kind() -> None:
     db.execute("DELETE FROM account")
     assert_naturally_idempotent(insert, [("bob", 5)], rows, refuses=sqlite3.IntegrityError)
     db.close()
+
+
+def test_of_long_lists_what_differs_is_named(colour: Colour) -> None:
+    names = [f"name {number}" for number in range(100)]
+    with pytest.raises(NotIdempotent, match="  different:\n  101: absent, then 'ada'\n"):
+        assert_naturally_idempotent(in_colour(colour, names.append), [("ada",)], lambda: names)
+
+
+def test_a_generator_function_runs_nothing_and_is_refused() -> None:
+    def one() -> Any:
+        yield 1
+
+    async def two() -> Any:
+        yield 2
+
+    for function in (one, two):
+        with pytest.raises(TypeError, match="is a generator function, and calling it runs nothing"):
+            assert_naturally_idempotent(function, [()], dict)
 
 
 def test_a_decorated_function_is_not_tested_so(colour: Colour, effects: Counter) -> None:

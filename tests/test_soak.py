@@ -151,7 +151,9 @@ def test_a_server_that_is_gone_in_the_end_is_no_broken_promise(own_redis: Server
         assert "could not be used any more" in process.stderr.read()
 
 
-@pytest.mark.parametrize("options", [["--workers", "1"], ["--seconds", "0"], ["--protocol", "best"], []])
+@pytest.mark.parametrize(
+    "options", [["--workers", "1"], ["--seconds", "0"], ["--lease", "0.01"], ["--protocol", "best"], []]
+)
 def test_a_bad_option_is_refused_with_the_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         main(["soak", *options] if not options else ["soak", "--backend", "redis://", *options])

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import inspect
 import itertools
+import numbers
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -150,7 +152,7 @@ async def _prove(
     if not asked:
         raise TypeError("there must be at least one call: calls=[(argument, ...), ...]")
     for call in asked:
-        given(call)
+        target.fits(call)
     if limits[0] < 2 or min(limits) < 0:
         raise ValueError(f"there are at least two callers, and no fewer than no faults; not {limits}")
     began = time.monotonic()
@@ -177,14 +179,30 @@ class _World:
     async def look(self) -> Any:
         """The probe's answer; a state is copied, as what it was taken from goes on changing."""
         seen = await self.target.asked(self._effects)
-        if isinstance(seen, (int, float)) and not isinstance(seen, bool):
-            return seen
+        if _counts(seen):
+            return seen if isinstance(seen, (int, float)) else float(seen)
         if self._reset is None:
             raise TypeError(
                 f"effects() must give a number that grows with each effect, not {_short(seen)}; to compare states"
                 " instead, give reset=, which puts the world back"
             )
         return _snapshot(seen, "effects")
+
+
+def _counts(seen: Any) -> bool:
+    """Whether it is a number: those of `decimal`, `fractions` and numpy are, too."""
+    return isinstance(seen, numbers.Number) and not isinstance(seen, (bool, complex))
+
+
+def _same(one: Any, other: Any, name: str) -> bool:
+    """Whether two of the probe's answers are equal. Raises TypeError for those whose `==` is neither yes nor no."""
+    try:
+        return bool(one == other)
+    except Exception as error:
+        raise TypeError(
+            f"{name}() gives {_short(one)}, and == of two such is neither true nor false ({error}); give plain values:"
+            " numbers, lists, dicts"
+        ) from error
 
 
 def _snapshot(seen: Any, name: str) -> Any:
@@ -224,12 +242,13 @@ async def _each_has_its_own(world: _World, calls: list[Arguments]) -> None:
                     "\n\nWhat to do: give calls that succeed (and reset=, if what one run leaves is in the next one's"
                     " way), or name the error in error_ttl."
                 ) from ending.error
-            if is_new and after == before:
+            same = _same(before, after, "effects")
+            if is_new and same:
                 raise NotIdempotent(
                     f"effects() was {_short(before)} before and after {what}: it does not see what the function does, so"
                     " nothing can be proved by it.\n\nWhat to do: give a probe that counts the effect."
                 )
-            if not is_new and after != before:
+            if not is_new and not same:
                 raise NotIdempotent(
                     f"{what} had its effect again when it was called again, one call after the other: effects() was"
                     f" {_short(before)} before and {_short(after)} after."
@@ -287,14 +306,15 @@ class _Trial:
         before = await self.world.look()
         aftermath = await self.target.play(call, 1, follow(""))
         after = await self.world.look()
-        self._counts = isinstance(after, (int, float)) and not isinstance(after, bool)
+        self._counts = _counts(after)
         self._one = after - before if self._counts else after
         error = aftermath.endings[0].error
-        if after == before or (error is not None and not self.target.records(error)):
+        if _same(before, after, "effects") or (error is not None and not self.target.records(error)):
             came = "had no effect" if error is None else f"raised {type(error).__name__} ({error})"
             raise NotIdempotent(
                 f"{shown(self.target.name, call)} {came} when it was called anew, with an empty store: what the call"
-                " before it left is in its way.\n\nWhat to do: give a reset= that puts the world back."
+                f" before it left is in its way{'' if error is None else ', or it fails at times'}.\n\nWhat to do: give a"
+                " reset= that puts the world back."
             ) from error
 
     async def _storm(self, play: Callable[[], Awaitable[Aftermath]]) -> tuple[Aftermath, str, Any, Any]:
@@ -308,7 +328,7 @@ class _Trial:
         else:
             wrong = judge(self.target, aftermath, None, reruns=self.reruns)
             strict = self.reruns is False or not aftermath.reruns
-            if strict and not wrong and aftermath.runs and after != self._one:
+            if strict and not wrong and aftermath.runs and not _same(self._one, after, "effects"):
                 wrong = "the storm left something else than one call alone"
         return aftermath, wrong, before, after
 
@@ -489,6 +509,10 @@ class _Natural:
             raise TypeError(
                 f"{self.name} is decorated with @idempotent, so its duplicates never reach it: assert_idempotent tests it"
             )
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"{self.name} is a generator function, and calling it runs nothing: give a function that goes through it"
+            )
         self.is_async = _is_async(function)
         self._function = function
         self._state = state
@@ -539,7 +563,7 @@ class _Natural:
                 f" that error, refuses={type(error).__name__} lets it pass."
             ) from error
         told.append(("state()", twice := await self._look()))
-        if once != twice:
+        if not _same(once, twice, "state"):
             how = "twice" if between is None else f"once more, after {shown(self.name, between)}"
             raise NotIdempotent(
                 f"{self.name} is not idempotent by itself: {what}, called {how}, leaves something else"
@@ -552,7 +576,7 @@ class _Natural:
                     " for each operation; or decorate it with @idempotent(key=...)."
                 )
             )
-        return bool(start != once)
+        return not _same(start, once, "state")
 
     async def _called(self, call: Arguments) -> tuple[str, Any]:
         args, kwargs = given(call)
@@ -572,7 +596,9 @@ def _told(steps: list[tuple[str, Any]]) -> str:
 
 
 def _difference(once: Any, twice: Any) -> str:
-    """The items of two dicts that differ, where the dicts are too long to be shown whole."""
+    """The items of two dicts, or lists, that differ, where they are too long to be shown whole."""
+    if all(isinstance(state, (list, tuple)) for state in (once, twice)):
+        once, twice = dict(enumerate(once)), dict(enumerate(twice))
     if not (isinstance(once, dict) and isinstance(twice, dict)) or max(map(len, map(repr, (once, twice)))) <= 200:
         return ""
     keys = [key for key in {**once, **twice} if key not in once or key not in twice or once[key] != twice[key]]

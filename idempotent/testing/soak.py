@@ -530,7 +530,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="ours", help="what ships, or a plant that must be convicted"
     )
-    parser.add_argument("--lease", type=_positive, default=0.3, metavar="S", help="seconds of a lease (default 0.3)")
+    parser.add_argument(
+        "--lease", type=_lease, default=0.3, metavar="S", help="seconds of a lease, at least 0.1 (default 0.3)"
+    )
     parser.add_argument("--seed", type=int, default=7, metavar="N", help="who is struck and when (default 7)")
     parser.add_argument("--history", metavar="FILE", help="where to write what happened, one operation a line, in JSON")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -540,6 +542,13 @@ def _positive(text: str) -> float:
     number = float(text)
     if not 0 < number <= 1e6:
         raise argparse.ArgumentTypeError("must be greater than 0")
+    return number
+
+
+def _lease(text: str) -> float:
+    number = _positive(text)
+    if number < 0.1:  # commands are given as long as the lease, and a busy machine takes longer than that
+        raise argparse.ArgumentTypeError("must be at least 0.1")
     return number
 
 

@@ -279,14 +279,16 @@ def grown(before: float, after: float) -> str:
 def judge(target: "Target", aftermath: Aftermath, effects: float | None, *, reruns: bool | None) -> str:
     """Which promise is broken, in words; "": none. `effects`: how often the effect happened; None: not counted."""
     returned = [ending for ending in aftermath.endings if ending.how == "returned"]
-    agreed = [ending for ending in returned if ending.stored]
+    # Without keep_result, replays return None by design.
+    agreed = [ending for ending in returned if ending.stored and (target.base.keep_result or not ending.replayed)]
     living = [ending for ending in aftermath.endings if ending.how != "died"]
     if effects is not None:
         allowed = 1 if reruns is False else 1 + aftermath.reruns
         if effects > allowed:
             times = "once" if allowed == 1 else f"{allowed} times"
             return f"the effect happened {effects:g} times, and should have happened {times}"
-        if effects != math.floor(effects):
+        # A run over a dead one's may find parts of the effect done, by calls that are idempotent themselves.
+        if effects < allowed and effects != math.floor(effects) and (effects < 1 or not aftermath.reruns):
             return f"the effect happened {effects:g} times: a part of it is missing"
         if effects < 1 and returned:
             return "a caller got an answer, and the effect did not happen"
@@ -555,6 +557,15 @@ class Target:
         """The key of a call, without its namespace."""
         args, kwargs = given(call)
         return self.key or str(self.spec.binder.identify((*self.own, *args), kwargs, None)[0])
+
+    def fits(self, call: Any) -> None:
+        """Raises TypeError for arguments that the function does not take."""
+        args, kwargs = given(call)
+        try:
+            inspect.signature(self.spec.function).bind(*self.own, *args, **kwargs)
+        except TypeError as error:
+            method = "" if self.own or "." not in self.spec.function.__qualname__ else " (a method is given bound)"
+            raise TypeError(f"{shown(self.name, call)} cannot be called: {error}{method}") from None
 
     def records(self, error: Exception) -> bool:
         """Whether `error_ttl` says that this error is an outcome."""
