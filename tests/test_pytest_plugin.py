@@ -306,10 +306,19 @@ def test_not_installed(request, monkeypatch):
 def test_unknown(request):
     with pytest.raises(ValueError, match="idempotent_backend is one of local, fakeredis, not 'memcached'"):
         request.getfixturevalue("idempotent_backend")
+
+@pytest.mark.idempotent("fakeredis")
+def test_marked_without_the_name(idempotent_backend):
+    assert isinstance(idempotent_backend, RedisBackend)
+
+@pytest.mark.idempotent(backand="fakeredis")
+def test_mistyped(request):
+    with pytest.raises(TypeError, match="backand"):
+        request.getfixturevalue("idempotent_backend")
 """
     settings = "idempotent_backend = fakeredis"
     counts, told = pytester.run(code, "--idempotent-backend=local", settings=settings)
-    assert counts == {"passed": 4}, told
+    assert counts == {"passed": 6}, told
     counts, told = pytester.run("", "--markers")
     assert "@pytest.mark.idempotent(backend=" in told
     counts, told = pytester.run("", "--idempotent-backend=memcached")

@@ -94,7 +94,7 @@ def idempotent_backend(request: pytest.FixtureRequest) -> Iterator["Backend"]:
     from idempotent.backends.base import Backend
 
     marker = request.node.get_closest_marker("idempotent")
-    kind = marker.kwargs.get("backend") if marker is not None else None
+    kind = None if marker is None else _marked(*marker.args, **marker.kwargs)
     kind = kind or request.config.getoption("--idempotent-backend") or request.config.getini("idempotent_backend")
     if kind not in KINDS:
         raise ValueError(f"idempotent_backend is one of {', '.join(KINDS)}, not {kind!r}")
@@ -108,6 +108,11 @@ def idempotent_backend(request: pytest.FixtureRequest) -> Iterator["Backend"]:
         patch.setattr(_config, "resolve_backend", resolve)
         patch.setattr(_config, "settings", replace(_config.settings))
         yield backend
+
+
+def _marked(backend: str | None = None) -> str | None:
+    """What the marker asks for; whatever else is written in it is a TypeError, and not passed over."""
+    return backend
 
 
 def _local() -> "Backend":
