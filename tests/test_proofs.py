@@ -331,6 +331,13 @@ def test_limits_and_calls_are_checked(colour: Colour, effects: Counter) -> None:
     assert effects.count == 0
 
 
+def test_a_function_within_a_callers_transaction_is_refused(colour: Colour, effects: Counter) -> None:
+    work = colour.define(lambda session, order: effects.hit(), key="{order}", within="session")
+    with pytest.raises(TypeError, match="in the transaction of its 'session'"):
+        assert_idempotent(work, [(None, "o")], lambda: effects.count)
+    assert effects.count == 0
+
+
 def test_when_the_time_is_over_the_proof_is_not_complete(colour: Colour, effects: Counter) -> None:
     proof = assert_idempotent(charge_of(colour, effects), [("o",)], lambda: effects.count, seconds=0)
     assert not proof.complete

@@ -522,7 +522,7 @@ class _Caller:
 class Target:
     """A decorated function, made ready for storms.
 
-    Raises TypeError for one that is not decorated with `@idempotent`.
+    Raises TypeError for one that is not decorated with `@idempotent`, or uses `within=`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -541,6 +541,11 @@ class Target:
                 f" {self.name}.__idempotent__"
             )
         self.spec, self.key = getattr(found, "__idempotent_spec__")  # noqa: B009  a plain function to type checkers
+        if self.spec.within is not None:
+            raise TypeError(
+                f"{self.name} keeps its record in the transaction of its {self.spec.within!r}, and storms have none:"
+                " call it twice on a database of your tests, and count the rows"
+            )
         self.is_async: bool = self.spec.is_async
         staged = self._staged()
         staged.options = {**self.spec.options, "backend": LocalBackend()}
