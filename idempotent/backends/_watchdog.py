@@ -94,6 +94,9 @@ def within(
         try:
             future.set_result(make())
         except BaseException as error:
+            if error.__cause__ is None and not error.__suppress_context__:
+                # Raised again on the waiting thread, it gets the context of what is handled there.
+                error.__cause__ = error.__context__
             future.set_exception(error)
 
     def close_late(done: "Future[C]") -> None:
