@@ -5,6 +5,7 @@ import io
 import pickle
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -383,6 +384,21 @@ def test_retry_after_as_a_date_counts_from_now() -> None:
         assert policy().pause_after(reply(503, format_datetime(now + timedelta(hours=1), usegmt=True)), 1) is None
 
 
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+def test_retry_after_may_be_a_date_of_each_form_that_http_has_known(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        now = datetime(2026, 11, 28, 12, tzinfo=UTC)
+        with time_machine.travel(now, tick=False):
+            pause = policy().pause_after(reply(503, (now + timedelta(seconds=20)).strftime(form)), 1)
+        assert pause is not None
+        assert 20 <= pause <= 20.5
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 @pytest.mark.parametrize("text", ["", "soon", "-5", "1.5", "²", "Mon, 99 Nov 2026 00:00:00 GMT", "\x00"])
 def test_a_retry_after_that_cannot_be_read_is_none(text: str) -> None:
     pause = policy().pause_after(reply(503, text), 1)
@@ -411,6 +427,13 @@ def test_pauses_double_up_to_the_longest_and_are_not_in_step() -> None:
         ({"backoff": 0}, "backoff"),
         ({"max_pause": "5"}, "max_pause"),
         ({"methods": "POST"}, "methods"),
+        ({"methods": ("post",)}, "methods"),
+        ({"methods": None}, "methods"),
+        ({"methods": (5,)}, "methods"),
+        ({"header": ""}, "header"),
+        ({"header": "two words"}, "header"),
+        ({"header": None}, "header"),
+        ({"quoted": "no"}, "quoted"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(options: Any, name: str) -> None:

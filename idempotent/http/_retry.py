@@ -4,9 +4,11 @@ The flow is written once, as `async def`; sync clients drive it.
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from hashlib import blake2b
 from random import random
@@ -24,6 +26,7 @@ _scope: ContextVar[str | None] = ContextVar("idempotent_http_scope", default=Non
 SMALL = 1 << 20
 """Bytes up to which an answer of known length is read at once, so that one that is cut short counts as lost."""
 _AGAIN = frozenset((425, 429, 500, 502, 503, 504))
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110: the name of a field or a method
 
 
 @contextlib.contextmanager
@@ -87,10 +90,20 @@ class Policy:
             raise ValueError(f"retries must not be negative, and is {retries}")
         if isinstance(methods, str):
             raise TypeError(f"methods must be a tuple of methods, such as ({methods!r},)")
+        if not isinstance(methods, Iterable):
+            raise TypeError(f"methods must be a tuple of methods, not {methods!r}")
+        named = frozenset(methods)
+        for method in named:
+            if not _is_token(method) or method != method.upper():
+                raise ValueError(f"methods must be HTTP methods in capitals, not {method!r}")
+        if not _is_token(header):
+            raise ValueError(f"header must be the name of a header field, not {header!r}")
+        if not isinstance(quoted, bool):
+            raise TypeError(f"quoted must be True or False, not {quoted!r}")
         self.retries = retries
         self.backoff = seconds("backoff", backoff)
         self.max_pause = seconds("max_pause", max_pause)
-        self.methods = frozenset(methods)
+        self.methods = named
         self.header = header
         self.quoted = quoted
 
@@ -122,13 +135,20 @@ class Policy:
         return None if asked > self.max_pause else asked + random() * min(self.backoff, 1.0)
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) and _TOKEN.fullmatch(value) is not None
+
+
 def _seconds_of(retry_after: str) -> float | None:
     """The seconds that a Retry-After asks for, itself seconds or an HTTP-date; None: it cannot be read."""
     text = retry_after.strip()
     if text.isascii() and text.isdecimal():
         return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # the form of asctime, which is obsolete but still to be read, and means UTC
+            date = date.replace(tzinfo=UTC)
+        return max(0.0, date.timestamp() - time.time())
     except (ValueError, OverflowError, OSError):
         return None
 
