@@ -300,6 +300,20 @@ def test_a_template_is_rendered_before_it_is_kept() -> None:
     assert [answer.content for answer in answers] == [b"run 1"] * 2
 
 
+@pytest.mark.parametrize("client_type", [Client, AsyncClient])
+def test_djangos_own_limit_of_a_body_holds_with_a_key_too(client_type: Any) -> None:
+    async def ask(body: bytes) -> int:
+        client = client_type(raise_request_exception=False)
+        found = client.post("/pay", body, "application/json", headers=KEY)
+        return (await found if client_type is AsyncClient else found).status_code
+
+    post = (lambda body: asyncio.run(ask(body))) if client_type is AsyncClient else (lambda body: drive(ask(body)))
+    with override_settings(DATA_UPLOAD_MAX_MEMORY_SIZE=5):
+        assert post(b"123456") == 400
+        assert RUNS == []
+        assert post(b"12345") == 201
+
+
 def test_a_body_that_ends_early_runs_nothing() -> None:
     from django.core.handlers.wsgi import WSGIHandler
 

@@ -146,6 +146,10 @@ class IdempotencyMiddleware:
         except Refused as refused:
             state.refusal = refused.answer
             return state
+        allowed = settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+        is_upload = (request.content_type or "").startswith("multipart/")  # Django has other limits for these
+        if allowed is not None and length is not None and length > allowed and not is_upload:
+            return state  # Django refuses it, as without a key, to whoever asks for the body
         body = request.read(rules.max_body + 1)
         if len(body) > rules.max_body:
             # Only the async handler knows no length, and its stream is a file.
