@@ -1,6 +1,7 @@
 """What only WSGI has: start_response, write, close, iterables, and bodies by length or without one."""
 
 import io
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ class Call:
         self.parts = iter(self.answer)
 
     def _start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        if exc_info is not None and self.status:  # as WSGI says of a server that has sent the status
+            raise exc_info[1]
         self.status, self.headers = status, headers
         return lambda data: None
 
@@ -260,6 +263,35 @@ def test_a_stream_that_fails_midway_frees_the_key() -> None:
         call = Call(middleware)
         with pytest.raises(KeyError, match="midway"):
             call.finish()
+
+
+def test_an_error_page_after_the_status_was_sent_is_the_servers_to_refuse() -> None:
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        yield b"one"
+        try:
+            raise KeyError("midway")
+        except KeyError:
+            start_response("500 Internal Server Error", [], sys.exc_info())
+        yield b"an error page"
+
+    middleware = served(app)
+    for _ in range(2):  # the key is free again
+        call = Call(middleware)
+        with pytest.raises(KeyError, match="midway"):
+            call.finish()
+
+
+def test_what_goes_through_write_amid_a_stream_is_in_its_place() -> None:
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        write = start_response("200 OK", [])
+        yield b"one "
+        write(b"two ")
+        yield b"three "
+        yield b"four "
+        write(b"five")
+
+    assert Call(served(app)).finish() == b"one two three four five"
 
 
 @pytest.mark.parametrize("when", ["call", "first part", "never started"])

@@ -157,6 +157,7 @@ class _Taken:
         self._status = ""
         self._headers: Lines = []
         self._parts: list[bytes] = []
+        self._streams = False
         self._close: Callable[[], object] | None = None
 
     def run(self, app: App, environ: Environ) -> Iterable[bytes]:
@@ -188,6 +189,8 @@ class _Taken:
             raise RuntimeError("the application has not called start_response")
 
     def _start(self, status: str, headers: Lines, exc_info: Any = None) -> Callable[[bytes], object]:
+        if self._streams:  # the server raises what went wrong, for the status has been sent
+            self._start_response(status, list(headers), exc_info)
         self._status, self._headers = status, list(headers)
         return self._parts.append
 
@@ -218,7 +221,8 @@ class _Taken:
         if self._exchange.service.rules.kept_for(self._code) is not None:
             headers += _lines([NOT_STORED])
         self._start_response(self._status, headers)
-        return _Stream(self._exchange, Response(self._code), iter(self._parts), rest, self._close)
+        self._streams = True
+        return _Stream(self._exchange, Response(self._code), self._parts, rest, self._close)
 
 
 class _Body:
@@ -247,7 +251,7 @@ class _Stream(_Body):
         self,
         exchange: Exchange,
         response: Response,
-        taken: Iterator[bytes],
+        taken: list[bytes],
         rest: Iterator[bytes],
         close: Callable[[], object] | None,
     ) -> None:
@@ -257,17 +261,21 @@ class _Stream(_Body):
         self._taken = taken
 
     def __next__(self) -> bytes:
-        for part in self._taken:
-            return part
+        if self._taken:
+            return self._taken.pop(0)
         try:
-            return next(self._parts)
+            part = next(self._parts)
         except StopIteration:
+            if self._taken:
+                return self._taken.pop(0)
             self._end()
             raise
         except BaseException as error:
             if self._exchange.open:
                 failed(self._exchange, error)
             raise
+        self._taken.append(part)  # behind what went through `write` meanwhile
+        return self._taken.pop(0)
 
     def _end(self) -> None:
         if self._exchange.open:
