@@ -338,7 +338,7 @@ class Rules:
         rules = cls(
             scope=cast("Any", scope),
             backend=given.pop("backend", None),
-            namespace=check_key(given.pop("namespace", "http")),
+            namespace=_namespace(given.pop("namespace", "http")),
             methods=_methods(given.pop("methods", ("POST", "PATCH"))),
             served=_served(given.pop("paths", None)),
             required=_flag("required", given.pop("required", False)),
@@ -507,10 +507,25 @@ def _name(option: str, value: Any) -> str:
     return value
 
 
+def _several(option: str, value: Any) -> Iterable[Any]:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{option} must be a list or a tuple, not {value!r}")
+    return value
+
+
+def _namespace(value: Any) -> str:
+    try:
+        return check_key(value)
+    except IdempotencyError as error:
+        raise ValueError(f"namespace must be text that makes a key, not {value!r}") from error
+
+
 def _methods(given: Any) -> frozenset[str]:
     if isinstance(given, str):
         raise TypeError(f"methods must be a tuple of methods, such as ({given!r},)")
-    methods = frozenset(given)
+    methods = frozenset(_several("methods", given))
+    if not methods:
+        raise ValueError("methods must name one at least; without any no request is served")
     for method in methods:
         if not isinstance(method, str) or not _TOKEN.fullmatch(method) or method != method.upper():
             raise ValueError(f"methods must be HTTP methods in capitals, not {method!r}")
@@ -522,7 +537,7 @@ def _methods(given: Any) -> frozenset[str]:
 def _also_kept(given: Any) -> frozenset[bytes]:
     if isinstance(given, str):
         raise TypeError(f"keep_headers must be a tuple of names, such as ({given!r},)")
-    names = frozenset(_name("keep_headers", name).lower().encode() for name in given)
+    names = frozenset(_name("keep_headers", name).lower().encode() for name in _several("keep_headers", given))
     for name in names & _NEVER_REPLAYED:
         raise ValueError(f"keep_headers must not name {name.decode()}, which is never replayed")
     return names
@@ -531,6 +546,8 @@ def _also_kept(given: Any) -> frozenset[bytes]:
 def _served(paths: Any) -> Callable[[Request], bool] | None:
     if paths is None:
         return None
+    if is_async(paths):  # what it returns would be true whatever it says
+        raise TypeError(f"paths must be a list of paths or a sync callable on the request, not {paths!r}")
     if callable(paths):
         return lambda request: bool(paths(request))
     match = _matcher(paths)
@@ -542,7 +559,7 @@ def _matcher(paths: Any) -> Callable[[str], bool]:
         raise TypeError(f"paths must be a list of paths, such as [{paths!r}]")
     wanted: list[str] = []
     unwanted: list[str] = []
-    for path in paths:
+    for path in _several("paths", paths):
         if not isinstance(path, str) or not path.removeprefix("!").startswith(("/", "*")):
             raise ValueError(f"paths must begin with '/', after a '!' where they are taken out, not {path!r}")
         (unwanted if path.startswith("!") else wanted).append(path.removeprefix("!"))

@@ -92,6 +92,7 @@ async def _exchange(service: Service, scope: Scope, receive: Receive) -> Exchang
     if scope["method"] not in service.rules.methods:
         return None
     query = scope.get("query_string", b"").decode("latin-1")
+    scope["headers"] = list(scope["headers"])  # any iterable, as ASGI says, and it may give them only once
     request = Request(scope["method"], scope["path"], query, Headers(scope["headers"]), scope)
     key = service.key_of(request)
     if key is None:
@@ -177,7 +178,8 @@ class _Taken:
         elif self._streams:
             await self._pass_on(message)
         elif kind == "http.response.start":
-            self._start = message
+            # Any iterable, as ASGI says, and it may give them only once.
+            self._start = {**message, "headers": list(message.get("headers", ()))}
         elif self._start is not None:
             more = message.get("more_body", False)
             part = bytes(message.get("body", b""))
