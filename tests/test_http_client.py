@@ -237,6 +237,17 @@ def test_409_is_asked_again_only_if_the_first_is_in_progress(
         assert library.send(server.url, json={}) == (409, body)
 
 
+def test_of_a_409_its_problem_type_counts_for_more_than_its_retry_after(library: Library, server: Script) -> None:
+    unknown = problem("outcome-unknown", header="Idempotency-Key", max_body=1, docs_url=None).body
+    server.replies = [(409, {"content-type": "application/problem+json", "retry-after": "0"}, unknown), OK]
+    assert library.send(server.url, json={}) == (409, unknown)
+    blank = {"content-type": "Application/Problem+JSON; charset=utf-8", "retry-after": "0"}
+    named = {"content-type": "Application/Problem+JSON"}
+    body = b'{"type": "https://shop.example/in-progress"}'
+    server.replies = [(409, blank, b"{}"), (409, blank, b'{"type": "about:blank"}'), (409, named, body), OK]
+    assert library.send(server.url, json={}) == (201, b"done")
+
+
 def test_retries_are_bounded_and_the_last_answer_is_given_back(
     library: Library, server: Script, pauses: list[float]
 ) -> None:
@@ -336,11 +347,12 @@ def test_scopes_may_be_nested_and_wrong_ones_are_refused() -> None:
             raise AssertionError
 
 
-def test_a_redirect_keeps_the_key(library: Library, server: Script) -> None:
-    server.replies = [(307, {"location": "/moved"}, b""), OK]
+def test_a_redirect_keeps_the_key_and_is_asked_again_like_any_other(library: Library, server: Script) -> None:
+    server.replies = [(307, {"location": "/moved"}, b""), (503, {}, b""), "drop", OK]
     follow = {} if isinstance(library, Requests) else {"follow_redirects": True}
     assert library.send(server.url + "/old", json={}, **follow) == (201, b"done")
-    assert [path for _, path, _, _ in server.requests] == ["/old", "/moved"]
+    assert [path for _, path, _, _ in server.requests] == ["/old", "/moved", "/moved", "/moved"]
+    assert [body for _, _, _, body in server.requests] == [server.requests[0][3]] * 4
     assert len(set(server.keys)) == 1
 
 

@@ -19,6 +19,8 @@ _LOST = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, 
 
 def _has_body_at_hand(request: httpx.Request) -> bool:
     """Whether the body can be sent again: not that of a generator, a file or an upload, unless it has been read."""
+    if isinstance(request.stream, httpx.ByteStream):  # a redirected request has only the stream of the first
+        return True
     try:
         return request.content is not None
     except httpx.RequestNotRead:
@@ -42,7 +44,7 @@ def _is_small(response: httpx.Response) -> bool:
 def _reply(response: httpx.Response, body: bytes | None) -> Reply:
     headers = response.headers
     again = headers.get("retry-after")
-    told = again is not None or (body is not None and is_in_progress(headers.get("content-type", ""), body))
+    told = is_in_progress(headers.get("content-type", ""), body, again)
     if body is not None:
         response = httpx.Response(
             response.status_code,

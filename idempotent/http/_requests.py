@@ -76,10 +76,8 @@ class IdempotencyAdapter(HTTPAdapter):
         async def send() -> Reply:
             response = once(request, stream, *args, **kwargs)
             again = response.headers.get("retry-after")
-            told = again is not None
-            if not stream:
-                content = response.content  # one that is cut short counts as lost
-                told = told or is_in_progress(response.headers.get("content-type", ""), content)
+            body = None if stream else response.content  # one that is cut short counts as lost
+            told = is_in_progress(response.headers.get("content-type", ""), body, again)
             return Reply(response.status_code, again, told, response)
 
         async def discard(response: requests.Response) -> None:

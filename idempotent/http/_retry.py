@@ -153,18 +153,20 @@ def _seconds_of(retry_after: str) -> float | None:
         return None
 
 
-def is_in_progress(content_type: str, body: bytes) -> bool:
+def is_in_progress(content_type: str, body: bytes | None, retry_after: str | None) -> bool:
     """Whether a 409 says that the first request still runs: a problem of the type `...in-progress`.
 
-    Without such a body only a `Retry-After` tells.
+    Where the body is not at hand, or is no problem that names its type, a `Retry-After` says so.
     """
-    if not content_type.startswith("application/problem+json"):
-        return False
+    told = retry_after is not None
+    if body is None or not content_type.lower().startswith("application/problem+json"):
+        return told
     try:
         found = orjson.loads(body)
     except ValueError:
-        return False
-    return isinstance(found, dict) and str(found.get("type", "")).endswith("in-progress")
+        return told
+    kind = found.get("type", "about:blank") if isinstance(found, dict) else "about:blank"
+    return told if kind == "about:blank" else str(kind).endswith("in-progress")
 
 
 async def retried(
