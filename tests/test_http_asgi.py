@@ -854,6 +854,26 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, Any], name: str) -
             make()
 
 
+@pytest.mark.parametrize("option", ["scope", "fingerprint", "paths"])
+def test_a_callable_that_raises_is_the_services_own_error_and_nothing_runs(option: str) -> None:
+    broken = True
+
+    def raises(*_: Any) -> Any:
+        if broken:
+            raise KeyError("a bug of the service")
+        return "alice"
+
+    app, client = App(), Client()
+    middleware = served(app, **{option: raises})
+    with pytest.raises(KeyError, match="a bug of the service"):
+        asyncio.run(middleware(scope_of(), client.receive, client.send))
+    assert (app.runs, client.sent) == (0, [])
+    broken = False
+    client = Client()
+    asyncio.run(middleware(scope_of(), client.receive, client.send))
+    assert (client.status, client.body) == (200, b"1")  # the key is free
+
+
 def test_an_async_scope_is_refused_for_it_would_never_be_awaited() -> None:
     async def scope(request: Any) -> str:
         return "alice"
