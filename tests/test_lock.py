@@ -1284,6 +1284,39 @@ def test_a_waiter_that_is_cancelled_takes_no_wake_up_with_it(backend_url: str, _
     asyncio.run(main())
 
 
+def test_a_claim_that_is_cancelled_on_its_way_takes_no_wake_up_with_it(
+    backend_url: str, _fresh: contextlib.ExitStack
+) -> None:
+    """The first in line is woken, and cancelled before the backend hears of its claim: the next is woken."""
+    limit = 0.3 if backend_url.startswith(("local", "redis")) else 0.5
+
+    async def main() -> None:
+        holder, behind = (AsyncLock("l", backend=apart(backend_url, _fresh)) for _ in range(2))
+        ahead = apart(backend_url, _fresh)
+        took: list[float] = []
+        while len(took) < 5 and min(took, default=1) > limit:
+            paused = Paused(ahead, "none yet", "before")
+            hold = await holder.acquire()
+            assert hold is not None
+            first = asyncio.create_task(AsyncLock("l", backend=paused).acquire())
+            await asyncio.sleep(0.2)
+            second = asyncio.create_task(behind.acquire())
+            await asyncio.sleep(0.2)
+            paused.operation = "claim"
+            await hold.release()
+            await paused.reached.wait()
+            began = time.monotonic()
+            await cancelled(first)
+            theirs = await second
+            assert theirs is not None
+            took.append(time.monotonic() - began)
+            await theirs.release()
+        assert min(took) <= limit, took
+        assert only_this_task()
+
+    asyncio.run(main())
+
+
 def test_ctrl_c_while_waiting_takes_no_wake_up_with_it(backend_url: str, _fresh: contextlib.ExitStack) -> None:
     limit = 0.1 if backend_url.startswith(("local", "redis")) else 0.5
     locks = [Lock("l", backend=apart(backend_url, _fresh)) for _ in range(3)]

@@ -8,7 +8,10 @@ if is_gone then
     if known and given == token then return DONE end
     return stands and token > given and STALE or GONE
   end
-  if not known then store('W', token or 0, now, releaser, fingerprint or '', 0, 0, now + ARGV[4], '') end
+  if not known then
+    store('W', token or 0, now, releaser, fingerprint or '', 0, 0, now + ARGV[4], '')
+    wake() -- it may have been woken to make this claim
+  end
   return DONE
 end
 if attempt ~= releaser or (given and given ~= token) or (state ~= 'R' and state ~= 'U') then return STALE end
