@@ -128,7 +128,8 @@ class CallDriver(AsyncDriver[Run]):
             replay = await steps.begin(self, step)
             if replay is not None:
                 return replay.value
-            value = await function(*args, **kwargs)
+            with step:
+                value = await function(*args, **kwargs)
         except GeneratorExit:  # the coroutine is thrown away and can await nothing
             raise
         except BaseException as error:

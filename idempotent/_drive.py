@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import threading
@@ -253,7 +254,15 @@ class CallDriver(SyncDriver[Run]):
             replay = drive(steps.begin(self, step))
             if replay is not None:
                 return replay.value
-            value = function(*args, **kwargs)
+            with step:
+                found = function(*args, **kwargs)
+            if inspect.iscoroutine(found) and inspect.getcoroutinestate(found) == inspect.CORO_CREATED:
+                found.close()
+                raise TypeError(
+                    f"the step {name!r} gave {found.__qualname__}, an async function's, which a sync function cannot"
+                    " await: it has not run, and nothing was recorded"
+                )
+            value = found
             return drive(steps.settle(self, step, value))
         except BaseException as error:
             if value is steps.NOTHING:

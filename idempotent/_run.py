@@ -284,7 +284,8 @@ class Call:
             UnstableKey: an argument has no stable form.
             ResultUnavailable: the step was done, and its result could not be kept.
             BackendUnavailable: the step could not be claimed, and was not run.
-            CallError: there is no claim to record steps under (a probe, or a call that uses `within=`).
+            CallError: there is no claim to record steps under (a probe, or a call that uses `within=`), or it is asked for
+                inside another step of this call.
         """
         if not hasattr(self._driver, "step"):
             raise CallError(

@@ -15,6 +15,10 @@ that is still running belongs to a run before this one, or to one after it. The 
 (`renew`), the other's is taken away; if it does not, this run is over. So a run that was overtaken can record a step
 only where its successor has not yet come, and there it is right to: the step was done.
 
+**At the same time.** Steps of one run may be asked for by several threads or tasks. Their places are given out one by
+one; the journal is made by one of them while the others wait, as each would take the other's for a dead run's. A step
+inside a step is refused: the run that replays the outer one would not ask for the inner one, and so count differently.
+
 **Epoch.** `forget` drops the journal, in one command. The steps that are left then belong to no epoch any more.
 """
 
@@ -22,10 +26,14 @@ import copy
 import heapq
 import inspect
 import math
+import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from hashlib import blake2b
+from types import TracebackType
 from typing import Any
 
 from idempotent import _flow as flow
@@ -59,33 +67,45 @@ def is_async(function: Callable[..., Any]) -> bool:
     )
 
 
+_places = threading.Lock()
+"""Held while places are given out; never while anything is waited for."""
+
+
 class _Journal:
     """The places of one run's steps."""
 
-    __slots__ = ("_free", "_next", "epoch")
+    __slots__ = ("_free", "_next", "epoch", "making")
 
     def __init__(self) -> None:
         self.epoch = 0
         """0: not known yet."""
+        self.making = threading.Lock()
+        """Held by whoever finds the epoch; tried, and never waited for."""
         self._free: list[int] = []
         self._next = 0
 
     def take(self) -> int:
         """The place of the next step."""
-        if self._free:
-            return heapq.heappop(self._free)
-        self._next += 1
-        return self._next - 1
+        with _places:
+            if self._free:
+                return heapq.heappop(self._free)
+            self._next += 1
+            return self._next - 1
 
     def give_back(self, place: int) -> None:
         """Nothing was done there."""
-        heapq.heappush(self._free, place)
+        with _places:
+            heapq.heappush(self._free, place)
 
 
 class Step:
     """One step of a run that is asked for. Raises what makes it impossible, before it takes a place."""
 
-    __slots__ = ("call", "codec", "fingerprint", "name", "parent", "place", "run")
+    __slots__ = ("_mark", "around", "call", "codec", "fingerprint", "name", "over", "parent", "place", "run")
+    call: Call
+    name: str
+    over: bool
+    """Its function has ended."""
 
     def __init__(
         self, call: Call, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -101,16 +121,53 @@ class Step:
             )
         if run.token is None and not run.unprotected:
             raise CallError(f"a probe has no steps ({name!r}): it looks, and runs nothing")
+        around = _inside.get()
+        self.around: Step | None = around
+        """The step inside which this one is asked for, of an outer call; None: there is none."""
+        while around is not None:
+            if around.call is call and not around.over:
+                raise CallError(
+                    f"the step {name!r} is asked for inside the step {around.name!r}, and a run that gets that one from its"
+                    " record would not ask for it; call its function there, or make both steps of the call itself"
+                )
+            around = around.around
         digest = blake2b(_canonical(args, kwargs, name), digest_size=_HALF).digest()
         self.fingerprint = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_HALF).digest() + digest
         self.codec = _codec_of(function, run.plan.serializer)
         self.codec.ready()
         self.call, self.name, self.parent = call, name, run
-        if call._journal is None:
-            call._journal = _Journal()
+        with _places:
+            if call._journal is None:
+                call._journal = _Journal()
         self.place: int = call._journal.take()
         self.run: Run | None = None
         """As which it is claimed; None: it is not claimed yet."""
+        self.over = False
+
+    def __enter__(self) -> None:
+        """Around the function: no step of this call may be asked for in it."""
+        self._mark: Token[Step | None] = _inside.set(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over = True
+        try:
+            _inside.reset(self._mark)
+        except ValueError:
+            pass  # a coroutine that was thrown away is closed in another context than it ran in
+
+
+_inside: ContextVar[Step | None] = ContextVar("idempotent_step", default=None)
+
+
+def _after_fork() -> None:
+    global _places
+    _places = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _canonical(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> bytes:
@@ -151,8 +208,14 @@ async def begin(driver: Driver, step: Step) -> Replay | None:
     if parent.unprotected:
         return None
     try:
-        if not journal.epoch:
-            journal.epoch = await _epoch(driver, parent, step.codec)
+        while not journal.epoch:
+            if journal.making.acquire(blocking=False):
+                try:
+                    journal.epoch = journal.epoch or await _epoch(driver, parent, step.codec)
+                finally:
+                    journal.making.release()
+            else:
+                await driver.sleep(0.002)
         run = _sub_run(parent, f"{journal.epoch}:{step.place}", step.fingerprint, step.codec)
         reply = await _claim(parent, run)
     except BackendUnavailable as error:

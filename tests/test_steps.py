@@ -5,10 +5,13 @@ import collections
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -367,6 +370,138 @@ def test_steps_at_the_same_time_have_the_places_they_were_asked_for_in() -> None
     assert sorted(done) == ["a", "b", "c"]
 
 
+class Slow(Faulty):
+    """Every command lets the others go first, before it is applied and after."""
+
+    def _view(self, colour: str, inner: Any) -> Any:
+        slow = Slow(inner)
+        slow.calls = [colour]
+        return slow
+
+    async def _pause(self) -> None:
+        if self.calls[0] == "blocking":
+            time.sleep(random.random() / 1000)
+        for _ in range(random.randrange(4) if self.calls[0] != "blocking" else 0):
+            await asyncio.sleep(0)
+
+    async def _do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        await self._pause()
+        found = await super()._do(operation, *args, **kwargs)
+        await self._pause()
+        return found
+
+
+def test_the_first_steps_may_be_asked_for_at_the_same_time() -> None:
+    """They make the journal that all of them are found by: one of them makes it, and the others wait for that."""
+    done: list[int] = []
+
+    async def part(number: int) -> int:
+        done.append(number)
+        return number
+
+    @idempotent(backend=Slow(open_backend("local://")), key="{order}")
+    async def work(order: int, fails: list[bool]) -> list[int]:
+        call = current_call()
+        assert call is not None
+        found = await asyncio.gather(*[call.step("part", part, number) for number in range(4)])
+        if fails.pop():
+            raise ValueError
+        return found
+
+    async def main() -> None:
+        for order in range(20):
+            done.clear()
+            fails = [False, True]
+            with pytest.raises(ValueError):
+                await work.with_key(str(order))(0, fails)
+            assert await work.with_key(str(order))(0, fails) == [0, 1, 2, 3]
+            assert sorted(done) == [0, 1, 2, 3]
+
+    asyncio.run(main())
+
+
+def test_steps_of_several_threads_have_a_place_each() -> None:
+    places: list[int] = []
+    lock = threading.Lock()
+
+    def part() -> None:
+        with lock:
+            places.append(0)
+
+    @idempotent(backend=Slow(open_backend("local://")), key="{order}")
+    def work(order: int, fails: list[bool]) -> None:
+        call, barrier = current_call(), threading.Barrier(4)
+        assert call is not None
+
+        def go(_: int) -> None:
+            barrier.wait()
+            call.step("part", part)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(go, range(4)))
+        if fails.pop():
+            raise ValueError
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for order in range(30):
+            places.clear()
+            fails = [False, True]
+            with pytest.raises(ValueError):
+                work.with_key(str(order))(0, fails)
+            work.with_key(str(order))(0, fails)
+            assert len(places) == 4
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_step_inside_a_step_is_refused_as_its_place_would_be_anothers_in_the_next_run(colour: Colour) -> None:
+    done: list[str] = []
+    if colour.is_async:
+
+        async def inner() -> None:
+            done.append("inner")
+
+        async def outer() -> None:
+            await current_call().step("inner", inner)
+
+    else:
+
+        def inner() -> None:
+            done.append("inner")
+
+        def outer() -> None:
+            current_call().step("inner", inner)
+
+    after = both(colour, lambda: done.append("next"))
+
+    def steps() -> Iterator[Any]:
+        with pytest.raises(CallError, match="'inner' is asked for inside the step 'outer'"):
+            yield lambda call: call.step("outer", outer)
+        yield lambda call: call.step("next", after)
+
+    colour.call(of_steps(colour, steps, backend="local://", namespace="nested"))
+    assert done == ["next"]
+
+
+def test_a_decorated_function_inside_a_step_has_steps_of_its_own(colour: Colour) -> None:
+    done: list[str] = []
+    part = both(colour, lambda: done.append("part"))
+
+    def inner_steps() -> Iterator[Any]:
+        yield lambda call: call.step("part", part)
+
+    inner = of_steps(colour, inner_steps, backend="local://", namespace="inner of a step")
+
+    def steps() -> Iterator[Any]:
+        yield lambda call: call.step("outer", inner)
+        yield lambda call: call.step("part", part)
+
+    colour.call(of_steps(colour, steps, backend="local://", namespace="outer of a step"))
+    assert done == ["part", "part"]
+
+
 # ---------------------------------------------------------------------------------------------------- crashes and outages
 
 
@@ -519,6 +654,21 @@ def test_a_step_has_the_colour_of_its_function(colour: Colour) -> None:
 
     with pytest.raises(TypeError, match="async function"):
         colour.call(of_steps(colour, steps, backend="local://", namespace="wrong"))
+
+
+def test_an_async_function_behind_a_sync_step_is_refused_and_nothing_is_recorded() -> None:
+    async def charge() -> str:
+        return "charged"
+
+    parts: list[Callable[[], Any]] = [lambda: charge(), lambda: "charged"]
+
+    @idempotent(backend="local://", namespace="behind")
+    def work() -> Any:
+        return current_call().step("charge", parts.pop(0))
+
+    with pytest.raises(TypeError, match="the step 'charge' .*has not run, and nothing was recorded"):
+        work()
+    assert work() == "charged"
 
 
 def test_wrong_steps_are_refused() -> None:
