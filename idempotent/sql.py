@@ -216,13 +216,36 @@ def _compare_and_set(
         raise ValueError(f"where= must name the version that was read, in {version.name!r}; else nothing is compared")
     if version in change:
         raise ValueError(f"values= must leave {version.name!r} out: it goes up by one")
-    _dialect(place)
-    # Through the class, so that the session's own copies of the row follow.
+    dialect = _dialect(place)
     statement = sa.update(aim.target if aim.entity else aim.table)
     statement = statement.where(*[column == value for column, value in condition.items()])
     statement = statement.values({**change, version: version + 1})
+    primary = list(aim.table.primary_key)
+    asked = sa.select(*primary).where(*[column == value for column, value in condition.items()]).with_for_update()
+    found: list[Any] = []
     with place.begin_nested():
-        changed = cast("sa.CursorResult[Any]", place.execute(statement)).rowcount
+        if not isinstance(place, Session) or not aim.entity:
+            changed = cast("sa.CursorResult[Any]", place.execute(statement)).rowcount
+        else:
+            # Not by SQLAlchemy's own synchronization: without RETURNING it looks for the rows in the transaction's
+            # snapshot, and would give the session's copies values that the table has not got.
+            alone = {"synchronize_session": False}
+            if dialect in ("mysql", "mariadb"):
+                found = list(place.execute(asked).all())
+                changed = cast("sa.CursorResult[Any]", place.execute(statement, execution_options=alone)).rowcount
+            else:
+                found = list(place.execute(statement.returning(*primary), execution_options=alone).all())
+                changed = len(found)
         if changed > 1:
             raise ValueError(f"where= names {changed} rows of {aim.table.name}, and not one")
+    if changed == 1 and isinstance(place, Session):
+        for key in found:
+            _follow(place, aim, tuple(key))
     return changed == 1
+
+
+def _follow(session: Session, aim: _Target, key: tuple[Any, ...]) -> None:
+    """Read the session's own copy of that row again, if it has one."""
+    copy = session.identity_map.get(sa.inspect(aim.target).identity_key_from_primary_key(key))
+    if copy is not None:
+        session.refresh(copy)

@@ -198,6 +198,41 @@ def test_the_sessions_own_copy_follows(bank: Bank) -> None:
         assert (account.balance, account.version) == (9, 2)
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+def test_a_copy_of_an_older_version_is_not_given_values_that_the_table_has_not_got(bank: Bank, level: str) -> None:
+    """Else a retry with what the session says would write over what another has done."""
+    if bank.kind == "sqlite":
+        level = "SERIALIZABLE"
+    bank.commit(once(bank, Account, ["name", "currency"], {"name": "a", "currency": "EUR", "balance": 10}))
+    where = {"name": "a", "currency": "EUR", "version": 1}
+
+    def seen(session: Any) -> tuple[int, int]:
+        account = session.get(Account, ("a", "EUR"))
+        return account.balance, account.version
+
+    with bank.transaction(engine=bank.make(isolation_level=level), expire_on_commit=False) as late:
+        kept = [late.do(lambda session: session.get(Account, ("a", "EUR")))]
+        if bank.kind == "sqlite":
+            late.commit()
+        assert bank.commit(change(bank, Account, where, {"balance": 99}, "version"))
+        if (bank.kind, level) in (("postgres", "REPEATABLE READ"), ("asyncpg", "REPEATABLE READ")):
+            with pytest.raises(exc.DBAPIError) as conflict:
+                late.call(change(bank, Account, where, {"balance": 9}, "version"))
+            assert conflict.value.orig.sqlstate == "40001"
+        else:
+            assert late.call(change(bank, Account, where, {"balance": 9}, "version")) is False
+            assert (kept[0].balance, kept[0].version) == (10, 1)
+        late.rollback()
+        assert late.do(seen) == (99, 2)
+        assert late.call(change(bank, Account, {**where, "version": 2}, {"balance": 98}, "version"))
+        assert (kept[0].balance, kept[0].version) == (
+            98,
+            3,
+        )  # also in an async session, where nothing is read by itself
+        late.commit()
+    assert count(bank, ACCOUNT) == 1
+
+
 @sync_banks
 def test_what_compares_nothing_or_too_much_changes_nothing(bank: Bank) -> None:
     for currency in ("EUR", "USD"):
