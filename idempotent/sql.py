@@ -16,7 +16,7 @@ except ImportError as error:
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
-from sqlalchemy.orm import InstrumentedAttribute, Session, scoped_session
+from sqlalchemy.orm import InstrumentedAttribute, Mapper, Session, scoped_session
 
 from idempotent.backends._caller import begun, subject_of
 from idempotent.backends.sql import SQLBackend, records_table
@@ -246,6 +246,7 @@ def _compare_and_set(
 
 def _follow(session: Session, aim: _Target, key: tuple[Any, ...]) -> None:
     """Read the session's own copy of that row again, if it has one."""
-    copy = session.identity_map.get(sa.inspect(aim.target).identity_key_from_primary_key(key))
+    mapper = cast("Mapper[Any]", sa.inspect(aim.target))
+    copy = session.identity_map.get(mapper.identity_key_from_primary_key(key))
     if copy is not None:
         session.refresh(copy)
