@@ -122,6 +122,8 @@ class Step:
         if run.token is None and not run.unprotected:
             raise CallError(f"a probe has no steps ({name!r}): it looks, and runs nothing")
         around = _inside.get()
+        while around is not None and around.over:  # those that are over are left out: no endless chain of tasks
+            around = around.around
         self.around: Step | None = around
         """The step inside which this one is asked for, of an outer call; None: there is none."""
         while around is not None:
@@ -130,6 +132,8 @@ class Step:
                     f"the step {name!r} is asked for inside the step {around.name!r}, and a run that gets that one from its"
                     " record would not ask for it; call its function there, or make both steps of the call itself"
                 )
+            while around.around is not None and around.around.over:
+                around.around = around.around.around
             around = around.around
         digest = blake2b(_canonical(args, kwargs, name), digest_size=_HALF).digest()
         self.fingerprint = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_HALF).digest() + digest
@@ -156,6 +160,7 @@ class Step:
             _inside.reset(self._mark)
         except ValueError:
             pass  # a coroutine that was thrown away is closed in another context than it ran in
+        del self._mark
 
 
 _inside: ContextVar[Step | None] = ContextVar("idempotent_step", default=None)
