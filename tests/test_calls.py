@@ -405,7 +405,7 @@ def test_the_same_key_with_other_arguments_is_refused_in_every_state(
         backend=faulty,
         key="charge:{order}",
         wait=10,
-        lease=0.3 if state == "lapsed" else 30,
+        lease=0.8 if state == "lapsed" else 30,
         error_ttl={DeclinedError: 60},
         on_crash="raise" if state == "unknown" else "rerun",
     )

@@ -478,7 +478,7 @@ def test_a_release_wakes_a_waiter_of_another_process_at_once(
 def test_a_waiter_sees_a_lease_that_ends_without_a_word(
     kind: Kind, backend_url: str, _fresh: contextlib.ExitStack
 ) -> None:
-    dead = kind.lock(backend=apart(backend_url, _fresh), lease=0.4, heartbeat=False).acquire()
+    dead = kind.lock(backend=apart(backend_url, _fresh), lease=0.8, heartbeat=False).acquire()
     lock = kind.lock(backend=backend_url)
     hold = lock.acquire(wait=10)
     assert hold.token > dead.token
@@ -672,7 +672,7 @@ def test_releasing_twice_is_an_error_and_frees_nothing(kind: Kind, backend_url: 
 def test_releasing_what_another_took_is_an_error_and_frees_nothing(
     kind: Kind, backend_url: str, _fresh: contextlib.ExitStack
 ) -> None:
-    late = kind.lock(backend=backend_url, lease=0.3, heartbeat=False).acquire()
+    late = kind.lock(backend=backend_url, lease=0.6, heartbeat=False).acquire()
     other = kind.lock(backend=apart(backend_url, _fresh))
     successor = other.acquire(wait=10)
     with pytest.raises(LockLost):
@@ -714,12 +714,12 @@ def test_released_inside_its_block_is_no_error(kind: Kind, backend_url: str) -> 
 
 
 def test_a_lease_that_ends_is_known_at_the_local_deadline(kind: Kind, backend_url: str) -> None:
-    lock = kind.lock(backend=backend_url, lease=0.25, heartbeat=False)
+    lock = kind.lock(backend=backend_url, lease=0.6, heartbeat=False)
     assert not lock.locked()  # connected before the lease begins
     before = time.monotonic()
     hold = lock.acquire()
     eventually(lambda: hold.lost)
-    assert 0.2 < time.monotonic() - before < 0.25 + 1
+    assert 0.5 < time.monotonic() - before < 0.6 + 1
     assert hold.remaining() == 0.0
     with pytest.raises(LockLost):
         hold.check()
@@ -1030,7 +1030,7 @@ def test_tokens_only_grow(kind: Kind, backend_url: str, _fresh: contextlib.ExitS
         hold = locks[number % 2].acquire(wait=30)
         tokens.append(hold.token)
         hold.release()
-    short = kind.lock(backend=backend_url, lease=0.05, heartbeat=False)
+    short = kind.lock(backend=backend_url, lease=0.4, heartbeat=False)
     tokens.append(short.acquire(wait=30).token)
     tokens.append(short.acquire(wait=30).token)  # after expiry
     tokens.append(start(locks[1].acquire, wait=30).result(60).token)
@@ -1776,7 +1776,7 @@ def test_ten_thousand_holds_leave_nothing_behind(kind: Kind, backend_url: str, _
         assert kind.loops[0].run(tasks()) == 0
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= files + 1
-    held = [each for each in gc.get_objects() if isinstance(each, _rooms.Held) and each.rid.key == "x0"]
+    held = [each for each in gc.get_objects() if type(each) is _rooms.Held and each.rid.key == "x0"]
     assert held == []
     _assert_only_a_tombstone(backend_url)
 

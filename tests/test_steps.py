@@ -587,7 +587,7 @@ def test_a_reply_that_is_lost_changes_nothing(backend_url: str, colour: Colour, 
 
 def test_a_step_that_cannot_be_recorded_is_done_all_the_same_and_said_so(backend_url: str, colour: Colour) -> None:
     backend = Faulty(open_backend(backend_url))
-    shop = Shop(colour, backend=backend, lease=0.4)
+    shop = Shop(colour, backend=backend, lease=1)
     shop.order = ["charge"]
     shop.fail("after charge", ValueError())  # makes the journal and the first step
     shop.order = ["charge", "ship"]
