@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import select
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -191,6 +192,30 @@ def test_every_end_of_a_run_wakes_its_waiters(
             assert waiting.result(30) == ends
             assert time.monotonic() - began < 0.9
             running.exception(30)
+
+
+@on_postgres
+def test_a_message_that_is_read_together_with_a_reply_is_heard(
+    backend_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = psycopg.connect(plain(backend_url))
+    subscriber = PostgresSubscriber(connection, 5.0)
+    ask = PostgresSubscriber._ask
+
+    def and_more(self: PostgresSubscriber, statement: str, *values: Any) -> Any:
+        reply = ask(self, statement, *values)
+        other.execute("SELECT pg_notify('idempotent', 'behind the reply')")
+        assert select.select([self], [], [], 20)[0]
+        connection.pgconn.consume_input()
+        return reply
+
+    monkeypatch.setattr(PostgresSubscriber, "_ask", and_more)
+    try:
+        with psycopg.connect(plain(backend_url), autocommit=True) as other:
+            assert (False, "behind the reply") in subscriber.subscribe({"0" * 48})
+            assert subscriber.ping() == [(False, "behind the reply")]
+    finally:
+        subscriber.close()
 
 
 @on_postgres

@@ -72,6 +72,9 @@ class PostgresSubscriber:
             return cursor.fetchone() if cursor.description else None
 
     def _take_heard(self) -> list[Heard]:
+        # What came right behind a reply was read with it: no longer in the socket, but not told to the handler either.
+        while (message := self._connection.pgconn.notifies()) is not None:
+            self._heard.append((False, message.extra.decode()))
         heard, self._heard = self._heard, []
         return heard
 
@@ -100,10 +103,7 @@ class PostgresSubscriber:
 
     def receive(self) -> list[Heard]:
         """Read what the socket has."""
-        server = self._connection.pgconn
-        server.consume_input()
-        while (message := server.notifies()) is not None:
-            self._heard.append((False, message.extra.decode()))
+        self._connection.pgconn.consume_input()
         return self._take_heard()
 
     def ping(self) -> list[Heard]:
