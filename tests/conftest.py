@@ -9,12 +9,34 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from colours import COLOURS, Colour
+from probes import Counter, Gate
 from servers import Address, Server, shared, start_mariadb, start_postgres, start_redis
 
 from idempotent import _config
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(params=COLOURS, ids=repr)
+def colour(request: pytest.FixtureRequest) -> Colour:
+    """One test per colour: of sync callers and of async ones."""
+    return request.param
+
+
+@pytest.fixture
+def effects() -> Counter:
+    """Counts what the function under test did."""
+    return Counter()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """Holds functions inside; opened after the test at the latest."""
+    gate = Gate()
+    yield gate
+    gate.opened.set()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """What callers are promised, on every backend and in both colours."""
 
-import asyncio
 import collections
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -16,6 +15,7 @@ from uuid import UUID
 import pytest
 from colours import COLOURS, Colour
 from faulty import Faulty
+from probes import Counter, Gate
 from pydantic import BaseModel
 
 from idempotent import (
@@ -35,67 +35,9 @@ from idempotent._drive import drive
 from idempotent._record import RecordId
 
 
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-class Counter:
-    """Counts the effects of a function under test."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        lock = threading.Lock()
-
-        def hit() -> int:  # no method: the calls of one would have to say what identifies its instance
-            with lock:
-                self.count += 1
-                return self.count
-
-        self.hit = hit
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator["Gate"]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
-
-
-class Gate:
-    """Holds a function inside until the test lets it go."""
-
-    def __init__(self) -> None:
-        self.entered = threading.Event()
-        self.opened = threading.Event()
-
-    def pass_through(self) -> None:
-        self.entered.set()
-        assert self.opened.wait(30)
-
-
 def apart(url: str) -> Backend:
     """Another backend object on the records of `url`: its calls meet the others in the store, not in the process."""
     return Faulty(open_backend(url))
-
-
-@contextlib.contextmanager
-def on_one_loop(colour: Colour) -> Iterator[Callable[..., Any]]:
-    """`colour.call`, but for async callers all on one event loop, whose connections stay open between the calls."""
-    if not colour.is_async:
-        yield colour.call
-        return
-
-    async def main(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return await function(*args, **kwargs)
-
-    with asyncio.Runner() as runner:
-        yield lambda function, *args, **kwargs: runner.run(main(function, *args, **kwargs))
 
 
 in_both_places = pytest.mark.parametrize("place", ["in the process", "in the store"])

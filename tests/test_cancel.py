@@ -15,9 +15,10 @@ import pytest
 import redis
 from colours import COLOURS, Colour
 from faulty import Faulty
+from probes import Counter, Gate
 from proxy import Proxy
 from servers import Address
-from test_calls import Counter, Gate, backend_at, in_both_places
+from test_calls import backend_at, in_both_places
 
 from idempotent import (
     Backend,

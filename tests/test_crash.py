@@ -84,11 +84,6 @@ class Worker:
         self.process.communicate()
 
 
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
 @pytest.fixture
 def effects(tmp_path: Path) -> Path:
     path = tmp_path / "effects"

@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from colours import COLOURS, Colour
 from faulty import Faulty
-from test_calls import Counter, Gate
+from probes import Counter, Gate
 
 from idempotent import (
     Applied,
@@ -36,23 +36,6 @@ from idempotent._drive import drive
 from idempotent._record import Answer, RecordId
 from idempotent._signals import ThreadWaiter
 from idempotent.backends._listener import Listener
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 class SlowRenewals(Faulty):

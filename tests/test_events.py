@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from colours import COLOURS, Colour
+from colours import Colour
 from faulty import Faulty
 
 from idempotent import (
@@ -182,11 +182,6 @@ def test_an_interruption_in_a_hook_is_not_swallowed(kind: type[BaseException]) -
 
 
 # ------------------------------------------------------------------------------------------------ the events of calls
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
 
 
 class DeclinedError(Exception):

@@ -19,13 +19,13 @@ import pytest
 import redis
 import servers
 from clocks import SteppedClock
-from colours import COLOURS, Colour
+from colours import COLOURS, Colour, on_one_loop
 from differential import Commands
+from probes import Counter
 from proxy import Proxy
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from servers import Server, start_mariadb, start_postgres, start_redis
-from test_calls import Counter, on_one_loop
 
 from idempotent import (
     Backend,
@@ -39,11 +39,6 @@ from idempotent import (
 from idempotent._record import Answer, Busy, Granted, RecordId, Settled
 
 A, B = b"attemptA", b"attemptB"
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
 
 
 @pytest.fixture

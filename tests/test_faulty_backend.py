@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from colours import COLOURS, Colour
 from differential import Commands
-from test_calls import Counter
+from probes import Counter
 
 from idempotent import BackendUnavailable, LocalBackend, idempotent
 from idempotent._record import Answer, Granted, RecordId
@@ -18,16 +18,6 @@ from idempotent.testing import FaultyBackend
 
 RID = RecordId("n", "k")
 CLAIM: dict[str, Any] = {"attempt": b"attemptA", "fingerprint": b"", "lease": 30.0, "keep": None, "takeover": True}
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from uuid import UUID
 
 import pytest
 import time_machine
-from colours import COLOURS, Colour
+from colours import Colour
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -720,11 +720,6 @@ def test_a_class_is_part_of_the_key_of_all_arguments_by_its_name() -> None:
 
 
 # ------------------------------------------------------------------------------------------- decorated functions
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
 
 
 def test_a_decorator_without_a_fingerprint_replays_to_other_arguments(backend_url: str, colour: Colour) -> None:

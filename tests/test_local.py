@@ -1,36 +1,18 @@
 """The process-local backend: the machine's answers on a clock of its own, what is evicted, and what never is."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from colours import COLOURS, Colour
 from differential import Commands, disagreement
-from test_calls import Counter, Gate
+from probes import Counter, Gate
 
 from idempotent import InProgress, LocalBackend, Lock
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, Unknown
 
 A, B = b"attemptA", b"attemptB"
 SECOND = 1_000_000
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 class Clock:

@@ -12,9 +12,9 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from colours import COLOURS, Colour
+from probes import Counter, Gate
 from servers import Server
 from sqlalchemy.ext.asyncio import create_async_engine
-from test_calls import Counter, Gate
 
 from idempotent import SQLBackend
 from idempotent._options import split_url
@@ -24,23 +24,6 @@ from idempotent.backends._listener import Refused
 from idempotent.backends._notify import _CHANNEL, _CLASS, PostgresSubscriber, bucket_of
 
 on_postgres = pytest.mark.parametrize("backend_url", ["postgres"], indirect=True)
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 @pytest.fixture

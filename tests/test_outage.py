@@ -4,13 +4,14 @@ import asyncio
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from colours import COLOURS, Colour
 from faulty import Faulty
-from test_calls import Counter, Gate, Interruption
+from probes import Counter, Gate
+from test_calls import Interruption
 
 from idempotent import (
     Applied,
@@ -33,23 +34,6 @@ from idempotent import (
 from idempotent import _flow as flow
 from idempotent._drive import drive
 from idempotent._record import RecordId
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -11,8 +10,9 @@ from typing import Any
 
 import pytest
 import time_machine
-from colours import COLOURS, Colour
-from test_calls import Counter, Gate, same
+from colours import Colour
+from probes import Counter, Gate
+from test_calls import same
 
 from idempotent import (
     InProgress,
@@ -25,23 +25,6 @@ from idempotent import (
 )
 from idempotent._drive import drive
 from idempotent._record import RecordId
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 @pytest.mark.parametrize("value", [0, False, "", [], {}, None], ids=repr)

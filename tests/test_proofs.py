@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from colours import COLOURS, Colour
-from test_calls import Counter
+from probes import Counter
 
 from idempotent import Applied, LocalBackend, NotApplied, current_call, idempotent
 from idempotent import _machine as machine
@@ -26,16 +26,6 @@ from idempotent.testing import (
     assert_naturally_idempotent,
     assert_naturally_idempotent_async,
 )
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
 
 
 def charge_of(colour: Colour, effects: Counter, **options: Any) -> Any:

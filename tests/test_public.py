@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 from colours import COLOURS, Colour
 from faulty import Faulty
-from test_calls import Counter
+from probes import Counter
 
 import idempotent as package
 from idempotent import (
@@ -125,16 +125,6 @@ def test_importing_takes_thirty_milliseconds_at_the_most() -> None:
 
 
 # ----------------------------------------------------------------------------------------- methods of what is decorated
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
 
 
 class Declined(Exception):

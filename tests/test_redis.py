@@ -14,11 +14,11 @@ import fakeredis
 import pytest
 import redis
 import redis.asyncio
-from colours import COLOURS, Colour
+from colours import COLOURS, Colour, on_one_loop
 from differential import Commands, aged, disagreement
+from probes import Counter, Gate
 from proxy import Direction, Proxy
 from servers import Address, Server, start_redis
-from test_calls import Counter, Gate, on_one_loop
 
 from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, RedisBackend, current_call
 from idempotent._drive import drive
@@ -28,23 +28,6 @@ from idempotent.backends.redis import _CONNECTIONS, _named
 README = Path(__file__).resolve().parent.parent / "README.md"
 A, B = b"attemptA", b"attemptB"
 ARGS = b"f" * 16
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ import pytest
 import sqlalchemy as sa
 from colours import COLOURS, Colour
 from differential import Commands, aged, disagreement
+from probes import Counter
 from proxy import Direction, Proxy
 from servers import Server, start_mariadb, start_postgres
 from sqlalchemy.ext.asyncio import create_async_engine
-from test_calls import Counter, Gate
 
 from idempotent import (
     BackendError,
@@ -49,23 +49,6 @@ on_each_server = pytest.mark.parametrize("backend_url", ["postgres", "mariadb"],
 on_sqlite = pytest.mark.parametrize("backend_url", ["sqlite"], indirect=True)
 on_postgres = pytest.mark.parametrize("backend_url", ["postgres"], indirect=True)
 on_mariadb = pytest.mark.parametrize("backend_url", ["mariadb"], indirect=True)
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 @pytest.fixture(params=["postgres", "mariadb"])

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from colours import COLOURS, Colour
 from faulty import Faulty
-from test_calls import Gate
+from probes import Gate
 
 from idempotent import (
     BackendUnavailable,
@@ -41,18 +41,6 @@ from idempotent import (
 from idempotent._drive import drive
 
 ROOT = Path(__file__).parent
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from colours import COLOURS, Colour
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
-from test_calls import Counter
+from probes import Counter
 
 from idempotent import (
     Applied,
@@ -28,16 +28,6 @@ from idempotent import (
 from idempotent.testing import Aftermath, Ending, NotIdempotent, Storm, duplicates
 
 FIXED = settings(max_examples=150, database=None, derandomize=True, deadline=None)
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
-@pytest.fixture
-def effects() -> Counter:
-    return Counter()
 
 
 def charge_of(colour: Colour, effects: Counter, **options: Any) -> Any:
