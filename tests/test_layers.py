@@ -18,7 +18,7 @@ LAYERS = [
     ["events", "_signals", "_options"],
     ["backends", "backends.base", "backends._loops", "backends._watchdog"],
     ["backends._listener"],
-    ["backends.pubsub", "backends._notify"],
+    ["backends.pubsub", "backends._notify", "backends._redis_links"],
     ["backends._engines", "backends._statements"],
     ["backends.local", "backends.redis", "backends.sql"],
     ["backends._caller"],
@@ -96,7 +96,7 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 @pytest.mark.parametrize("heavy", ["redis", "sqlalchemy", "pydantic", "hypothesis", "zstandard", "cryptography"])
 def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
     subjects = {
-        "redis": {"backends.redis", "backends.pubsub"},
+        "redis": {"backends.redis", "backends.pubsub", "backends._redis_links"},
         "hypothesis": {"testing.strategies", "testing.stateful"},
         "sqlalchemy": {
             *("backends.sql", "backends._engines", "backends._notify", "backends._statements", "backends._caller"),

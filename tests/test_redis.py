@@ -23,7 +23,7 @@ from servers import Address, Server, start_redis
 from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, RedisBackend, current_call
 from idempotent._drive import drive
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
-from idempotent.backends.redis import _CONNECTIONS, _named
+from idempotent.backends._redis_links import _CONNECTIONS, _named
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 A, B = b"attemptA", b"attemptB"

@@ -2,9 +2,6 @@
 
 One key per record, one Lua script per command (in `lua/`, each the transcription of its function in `_machine`), one
 round trip each. Key and pub/sub channel of a record are the same string: prefix, colon, record id.
-
-Commands are sent on redis-py's connections directly: its own re-sending knows neither the deadline of a command nor which
-replies may be asked for again.
 """
 
 import asyncio
@@ -12,24 +9,17 @@ import contextlib
 import copy
 import errno
 import hashlib
-import inspect
 import math
 import os
 import socket
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from importlib.resources import files
 from random import random
-from typing import Any, Protocol
+from typing import Any
 
 import redis
 import redis.asyncio
-import redis.asyncio.retry
-import redis.retry
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -67,18 +57,13 @@ from idempotent._record import (
     describe,
     unpack,
 )
-from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._listener import Listener
-from idempotent.backends._loops import PerLoop
-from idempotent.backends._watchdog import within
+from idempotent.backends._redis_links import AsyncLink, Link, SyncLink, sync_pool
 from idempotent.backends.base import Backend, micros, poll
 from idempotent.backends.pubsub import subscriber_of
 from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["RedisBackend"]
-
-_CONNECTIONS = 64
-"""Connections of a pool of ours; a call that finds none free waits for one within its deadline."""
 
 _PLACE = 5.0
 """Seconds for which a place in a lock's line is kept after it was last asked for."""
@@ -115,23 +100,6 @@ _READ, _FORGET = _Script("read"), _Script("wake", "forget")
 _WAIT, _LEAVE = _Script("wait"), _Script("wake", "leave")
 
 
-class _Link(Protocol):
-    """How one colour talks to the server."""
-
-    @property
-    def waiter(self) -> type[ThreadWaiter | TaskWaiter]:
-        """What this colour waits with."""
-        ...
-
-    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        """The reply to `command`; TimeoutError of redis-py when monotonic `deadline` passes first."""
-        ...
-
-    async def sleep(self, pause: float) -> None:
-        """Let `pause` seconds pass."""
-        ...
-
-
 class RedisBackend(Backend):
     """Records in Redis or Valkey.
 
@@ -161,16 +129,16 @@ class RedisBackend(Backend):
         self.prefix = options.get("prefix", "idem") if prefix is None else prefix
         if not isinstance(self.prefix, str) or not 0 < len(self.prefix) <= 200:
             raise ValueError(f"prefix must be text of 1 to 200 characters, not {self.prefix!r}")
-        links: dict[str, _Link]
+        links: dict[str, Link]
         if isinstance(server, str):
-            pool: Any = _sync_pool(server, self.timeout)
-            links = {"sync": _SyncLink(pool, owned=True), "async": _AsyncLink(server)}
+            pool: Any = sync_pool(server, self.timeout)
+            links = {"sync": SyncLink(pool, owned=True), "async": AsyncLink(server)}
         else:
             pool = getattr(server, "connection_pool", None)
             if isinstance(server, redis.asyncio.Redis):
-                links = {"async": _AsyncLink(pool)}
+                links = {"async": AsyncLink(pool)}
             elif isinstance(server, redis.Redis):
-                links = {"sync": _SyncLink(pool, owned=False)}
+                links = {"sync": SyncLink(pool, owned=False)}
             else:
                 raise TypeError(f"RedisBackend takes a URL, a redis.Redis or a redis.asyncio.Redis, not {server!r}")
         subscribe = subscriber_of(pool, self.timeout)
@@ -358,13 +326,13 @@ class RedisBackend(Backend):
         if self._listener is not None:
             self._listener.close()
         link = self._links.get("sync")
-        if isinstance(link, _SyncLink):
+        if isinstance(link, SyncLink):
             link.close()
 
     async def aclose(self) -> None:
         self.close()
         link = self._links.get("async")
-        if isinstance(link, _AsyncLink):
+        if isinstance(link, AsyncLink):
             await link.aclose()
 
     async def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Any:
@@ -441,273 +409,3 @@ def _failure(error: Exception) -> BackendError:
     if isinstance(error, _OUT) or any(code in text for code in _OUT_CODES):
         return BackendUnavailable(f"Redis does not serve this: {text}")
     return BackendError(f"Redis answered {text}")
-
-
-def _check_options(pool: Any) -> None:
-    """Refuse a misspelt option in the URL now, and not when the first connection is made."""
-    try:
-        pool.connection_class(**pool.connection_kwargs)
-    except TypeError as error:
-        raise ValueError(f"an option in the Redis URL is not known: {error}; ours are prefix= and timeout=") from None
-
-
-def _sync_pool(url: str, timeout: float) -> redis.ConnectionPool:
-    # Two tries fit into the deadline, so that one lost reply is asked for again.
-    options: dict[str, Any] = {
-        "socket_timeout": timeout / 2,
-        "socket_connect_timeout": timeout / 2,
-        "retry": redis.retry.Retry(NoBackoff(), 0),
-        "decode_responses": False,
-    }
-    pool = redis.ConnectionPool.from_url(url, **options)
-    pool.connection_kwargs.update(options)
-    _check_options(pool)
-    return pool
-
-
-def _named(pool: Any) -> tuple[str, ...]:
-    """What `get_connection` has to be given: redis-py 5.0 wants the command's name."""
-    parameter = inspect.signature(pool.get_connection).parameters.get("command_name")
-    wanted = parameter is not None and parameter.default is inspect.Parameter.empty
-    return ("EVALSHA",) if wanted else ()
-
-
-class _Idle:
-    """Connections that we made as `pool` would, and that are not in use: taken and put back at less cost than its own.
-
-    A connection that the server has closed meanwhile is found out by the command, which is sent again.
-    """
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        self._idle: deque[Any] = deque()
-        self.closed = False
-
-    def take(self) -> Any:
-        """One of them; None: there is none."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-    def make(self) -> Any:
-        """A new one, not connected yet."""
-        return self._pool.connection_class(**self._pool.connection_kwargs)
-
-    def put(self, connection: Any) -> None:
-        """It is not in use any more."""
-        self._idle.append(connection)
-
-    def drain(self) -> Iterator[Any]:
-        """All of them, each to be disconnected: where one was found broken, the others are, too."""
-        while True:
-            try:
-                yield self._idle.pop()
-            except IndexError:
-                return
-
-    def forget(self) -> None:
-        """Leave them alone: they are the parent process's."""
-        _parents.append(self._idle)
-        self._idle = deque()
-
-
-def _disconnect(connection: Any) -> None:
-    connection.disconnect()
-
-
-class _SyncLink:
-    """One connection for each command, on the calling thread."""
-
-    waiter = ThreadWaiter
-
-    def __init__(self, pool: Any, *, owned: bool) -> None:
-        self._pool = pool
-        self._owned = owned
-        self._named = _named(pool)
-        self._idle = _Idle(pool)
-        self._free = threading.Semaphore(_CONNECTIONS)
-        _links.add(self)
-
-    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        connection = whole = self._take(deadline) if self._owned else self._take_given(deadline)
-        try:
-            connection.send_command(*command)
-            patience = getattr(connection, "socket_timeout", None)
-            if patience is None or patience > deadline - time.monotonic():
-                if not connection.can_read(timeout=max(0.001, deadline - time.monotonic())):
-                    raise RedisTimeoutError("no reply in time")
-            return connection.read_response(disable_decoding=True)
-        except ResponseError:
-            raise
-        except BaseException:
-            whole = None
-            connection.disconnect()  # a reply that comes late must not answer the next command
-            self._disconnect_idle()
-            raise
-        finally:
-            self._put(whole) if self._owned else self._pool.release(connection)
-
-    def _take(self, deadline: float) -> Any:
-        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise RedisTimeoutError("no connection became free in time")
-        try:
-            return self._idle.take() or within(deadline, self._connect, _disconnect)
-        except BaseException:
-            self._free.release()
-            raise
-
-    def _connect(self) -> Any:
-        connection = self._idle.make()
-        try:
-            connection.connect()
-        except BaseException:
-            connection.disconnect()
-            raise
-        return connection
-
-    def _put(self, connection: Any | None) -> None:
-        if connection is not None:
-            self._idle.put(connection)
-        self._free.release()
-        if self._idle.closed:
-            self._disconnect_idle()
-
-    def _disconnect_idle(self) -> None:
-        for connection in self._idle.drain():
-            connection.disconnect()
-
-    def _take_given(self, deadline: float) -> Any:
-        pool = self._pool
-        try:
-            if getattr(pool, "_available_connections", True):
-                return pool.get_connection(*self._named)
-            # The client's own retries and timeouts may take minutes.
-            return within(deadline, lambda: pool.get_connection(*self._named), pool.release)
-        except RedisError:
-            raise
-        except BaseException:  # redis-py keeps a handshake that a signal has ended as if it were complete
-            _disconnect_given(pool)
-            raise
-
-    async def sleep(self, pause: float) -> None:
-        if pause:
-            time.sleep(pause)
-
-    def close(self) -> None:
-        self._idle.closed = True
-        self._disconnect_idle()
-
-    def after_fork(self) -> None:
-        self._idle.forget()
-        self._free = threading.Semaphore(_CONNECTIONS)
-
-
-class _AsyncLink:
-    """One connection for each command; those that we make belong to the event loop they were made in."""
-
-    waiter = TaskWaiter
-
-    def __init__(self, source: Any) -> None:
-        self._given = None if isinstance(source, str) else source
-        self._named = () if self._given is None else _named(self._given)
-        self._loops: PerLoop[tuple[_Idle, asyncio.Semaphore]] = PerLoop(lambda: self._make(source), self._close)
-        if self._given is not None:
-            _given_pools.add(self._given)
-
-    @staticmethod
-    def _make(url: str) -> tuple[_Idle, asyncio.Semaphore]:
-        options: dict[str, Any] = {
-            "socket_timeout": None,
-            "socket_connect_timeout": None,
-            "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),
-            "decode_responses": False,
-        }
-        pool: Any = redis.asyncio.ConnectionPool.from_url(url, **options)
-        pool.connection_kwargs.update(options)
-        return _Idle(pool), asyncio.Semaphore(_CONNECTIONS)
-
-    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            if self._given is not None:
-                return await self._send_given(self._given, command)
-            idle, free = await self._loops.get()
-            async with free:
-                connection = idle.take() or idle.make()
-                try:
-                    if not connection.is_connected:
-                        await connection.connect()
-                    await connection.send_command(*command)
-                    return await connection.read_response(disable_decoding=True)
-                except ResponseError:
-                    raise
-                except BaseException:
-                    # Neither a late reply nor a handshake that was cancelled must serve the next command.
-                    await connection.disconnect(nowait=True)
-                    await self._disconnect(idle)
-                    raise
-                finally:
-                    idle.put(connection)
-                    if idle.closed:
-                        await self._disconnect(idle)
-
-    async def _send_given(self, pool: Any, command: tuple[Any, ...]) -> Any:
-        try:
-            connection = await pool.get_connection(*self._named)
-        except RedisError:
-            raise
-        except BaseException:
-            await _disconnect_given(pool)
-            raise
-        try:
-            await connection.send_command(*command)
-            return await connection.read_response(disable_decoding=True)
-        except ResponseError:
-            raise
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        finally:
-            await pool.release(connection)
-
-    @staticmethod
-    async def _disconnect(idle: _Idle) -> None:
-        for connection in idle.drain():
-            await connection.disconnect(nowait=True)
-
-    async def _close(self, made: tuple[_Idle, asyncio.Semaphore]) -> None:
-        made[0].closed = True
-        await self._disconnect(made[0])
-
-    async def sleep(self, pause: float) -> None:
-        await asyncio.sleep(pause)
-
-    async def aclose(self) -> None:
-        await self._loops.aclose()
-
-
-def _disconnect_given(pool: Any) -> Any:
-    """Disconnect what is idle in a pool of redis-py."""
-    try:
-        return pool.disconnect(inuse_connections=False)
-    except TypeError:  # the blocking pool of redis-py 5.0 knows all or none; whoever is cut off asks again
-        return pool.disconnect()
-
-
-_given_pools: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Pools of ready-made asynchronous clients: unlike its blocking ones, redis-py's go on with the parent's connections."""
-_links: weakref.WeakSet[_SyncLink] = weakref.WeakSet()
-_parents: list[Any] = []
-"""A parent process's connections, kept from being finalized here: that could write to its sockets."""
-
-
-def _after_fork() -> None:
-    for link in list(_links):
-        link.after_fork()
-    for pool in list(_given_pools):
-        _parents.append((getattr(pool, "_available_connections", None), list(getattr(pool, "_in_use_connections", ()))))
-        pool.reset()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
