@@ -1,0 +1,132 @@
+"""First calls and replays, one after another: everybody takes turns in short rounds, and ratios are taken in a round."""
+
+import asyncio
+import functools
+import gc
+import random
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks._floors import FLOORS
+from benchmarks._peers import OURS, guards_of
+from benchmarks._report import quantile
+from benchmarks._work import Contender, charge, charge_async
+
+__all__ = ["KINDS", "Timings", "summary", "time_calls"]
+
+KINDS = ("first", "replay")
+_BLOCK = {"local": 400, "redis": 40, "postgresql": 20, "sqlite": 40}
+"""Calls of one contender in its turn, at the most."""
+_TURN, _FEW = 0.02, 4
+"""Seconds that a turn should take at the most, and the fewest calls that it has."""
+
+Result = dict[str, Any]
+
+
+class Timings(NamedTuple):
+    """Seconds per call, a value a round, by kind of call and contender; the floor's name; why others were left out."""
+
+    took: dict[str, dict[str, list[float]]]
+    floor: str
+    missing: dict[str, str]
+
+
+def time_calls(store: str, colour: str, url: str, seconds: float, only: tuple[str, ...] = ()) -> Timings:
+    """Measure in this process for `seconds`; `only`: peers of these names (and floors and ours); () is all of them."""
+    warnings.simplefilter("ignore")  # what peers have to say about the way they are used is not of interest here
+    guard = charge if colour == "sync" else charge_async
+    guards, missing = guards_of(store, colour)
+    contenders = dict(FLOORS[store, colour](url))
+    floor = next(iter(contenders))
+    for name, make in guards.items():
+        if not only or name in only or name.startswith(OURS):
+            try:
+                contenders[name] = Contender.of(make(url, guard))
+            except Exception as error:  # a peer that cannot be set up is told of, and the others are measured
+                if name.startswith(OURS):
+                    raise
+                missing[name] = f"{type(error).__name__}: {error}"
+    run = _run_async if colour == "async" else _run_sync
+    return Timings(_rounds(store, contenders, run, seconds, missing), floor, missing)
+
+
+Runner = Callable[[Callable[[str], Any], list[str]], float]
+
+
+def _run_sync(call: Callable[[str], Any], ids: list[str]) -> float:
+    begun = time.perf_counter()
+    for one in ids:
+        call(one)
+    return time.perf_counter() - begun
+
+
+def _run_async(call: Callable[[str], Any], ids: list[str]) -> float:
+    async def calls() -> float:
+        begun = time.perf_counter()
+        for one in ids:
+            await call(one)
+        return time.perf_counter() - begun
+
+    return _runner().run(calls())
+
+
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """The event loop of this process, which clients are bound to."""
+    return asyncio.Runner()
+
+
+def _rounds(
+    store: str, contenders: dict[str, Contender], run: Runner, seconds: float, missing: dict[str, str]
+) -> dict[str, dict[str, list[float]]]:
+    known = uuid.uuid4().hex
+    block = {}
+    for name, one in list(contenders.items()):
+        try:
+            run(one.first, [known])
+            run(one.first, [uuid.uuid4().hex for _ in range(10)])  # connections, scripts and prepared statements
+            run(one.replay, [known] * 10)
+            mean = run(one.first, [uuid.uuid4().hex for _ in range(4)]) / 4
+        except Exception as error:
+            if name.startswith(OURS):
+                raise
+            missing[name] = f"{type(error).__name__}: {error}"
+            del contenders[name]
+        else:
+            block[name] = max(_FEW, min(_BLOCK[store], int(_TURN / mean)))
+    took: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in contenders} for kind in KINDS}
+    turns = [(name, kind) for name in contenders for kind in KINDS]
+    until = time.monotonic() + seconds
+    gc.collect()
+    while True:
+        random.shuffle(turns)
+        for name, kind in turns:
+            number = block[name]
+            ids = [known] * number if kind == "replay" else [uuid.uuid4().hex for _ in range(number)]
+            call = getattr(contenders[name], kind)
+            run(call, ids[:2])  # others had the processor's caches
+            took[kind][name].append(run(call, ids[2:] or ids) / (number - 2))
+        if time.monotonic() >= until:
+            return took
+
+
+def summary(timings: Timings) -> Result:
+    """For JSON and tables: microseconds at the median, and quartiles of the ratios to the floor within a round."""
+    found: Result = {"floor": timings.floor, "missing": timings.missing, "kinds": {}}
+    for kind, took in timings.took.items():
+        base = took[timings.floor]
+        found["kinds"][kind] = {
+            name: {
+                "micros": quantile(own, 0.5) * 1e6,
+                "ratio": [
+                    quantile([one / floor for one, floor in zip(own, base, strict=True)], share)
+                    for share in (0.25, 0.5, 0.75)
+                ],
+                "rounds": len(own),
+            }
+            for name, own in took.items()
+        }
+    return found

@@ -1,0 +1,80 @@
+"""The function that everybody guards, and what is measured of it: the same payload, the same key, the same stores."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["AMOUNT", "BODY", "TTL", "Contender", "Slow", "charge", "charge_async", "is_receipt", "receipt"]
+
+AMOUNT = 1999
+TTL = 3600
+"""Seconds for which an outcome is kept, for all of them."""
+_NOTE = "n" * 109
+BODY = b'{"order":"%s","amount":1999,"status":"charged","note":"%s"}' % (b"o" * 32, _NOTE.encode())
+"""The result as JSON: what a floor stores. 200 bytes, with an order id of 32 characters."""
+
+Call = Callable[[str, int], Any]
+"""`charge(order_id, amount)`, guarded; a coroutine for async contenders."""
+
+
+def receipt(order_id: str, amount: int) -> dict[str, Any]:
+    """A result whose JSON has 200 bytes."""
+    return {"order": order_id, "amount": amount, "status": "charged", "note": _NOTE}
+
+
+def is_receipt(result: Any, order_id: str) -> bool:
+    """Whether a caller got what the function returns."""
+    return bool(result == receipt(order_id, AMOUNT))
+
+
+def charge(order_id: str, amount: int) -> dict[str, Any]:
+    """A function that costs nothing, so that only its guard is measured."""
+    return receipt(order_id, amount)
+
+
+async def charge_async(order_id: str, amount: int) -> dict[str, Any]:
+    """The same for async callers."""
+    return receipt(order_id, amount)
+
+
+@dataclass
+class Slow:
+    """A function that takes its time, and counts how often it ran in this process."""
+
+    seconds: float
+    ended: list[float] = field(default_factory=list)
+    """Monotonic seconds at which a run ended."""
+
+    def charge(self, order_id: str, amount: int) -> dict[str, Any]:
+        """Sleeps, on its thread."""
+        time.sleep(self.seconds)
+        self.ended.append(time.monotonic())
+        return receipt(order_id, amount)
+
+    async def charge_async(self, order_id: str, amount: int) -> dict[str, Any]:
+        """Sleeps, on its loop."""
+        await asyncio.sleep(self.seconds)
+        self.ended.append(time.monotonic())
+        return receipt(order_id, amount)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is measured beside others; `first` and `replay` take an order id, and give a coroutine where they are async.
+
+    Floors have both made by hand: the commands that nobody can do without, on the usual client of the store.
+    """
+
+    first: Callable[[str], Any]
+    replay: Callable[[str], Any]
+
+    @classmethod
+    def of(cls, call: Call) -> "Contender":
+        """Of a guarded function: the same call is the first for a new id, and a replay for one that is known."""
+
+        def once(order_id: str) -> Any:
+            return call(order_id, AMOUNT)
+
+        return cls(once, once)
