@@ -20,6 +20,8 @@ from decimal import Decimal
 from typing import Any, NoReturn
 from uuid import UUID
 
+import orjson
+
 from idempotent import canonical
 from idempotent._failures import exactly
 from idempotent.errors import ResultTypeWarning, SerializationError
@@ -131,6 +133,31 @@ class TypedJSON:
                 f"it does not fit the return annotation of {self._label} ({type(error).__name__});"
                 " annotate what the record holds, or forget() the key"
             ) from None
+
+    def value_of(self, text: bytes) -> Any:
+        """The value that `text`, JSON written by hand, stands for. Raises SerializationError if the annotation has no such value."""
+        if self._load is None:
+            return orjson.loads(text)
+        try:
+            value = self._load(text)
+        except Exception as error:
+            raise SerializationError(f"it does not fit the return annotation ({type(error).__name__})") from None
+        unread = _unread(orjson.loads(text), orjson.loads(self._dump(value)) if self._dump else None, "")
+        if unread:
+            raise SerializationError(f"the return annotation has no place for {unread}")
+        return value
+
+
+def _unread(given: Any, kept: Any, path: str) -> str:
+    """The first name in `given` that `kept`, what was made of it as JSON, has not: readers pass over it. "": none."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for name, value in given.items():
+            found = f"{path}.{name}" if name not in kept else _unread(value, kept[name], f"{path}.{name}")
+            if found:
+                return found.removeprefix(".")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        return next(filter(None, (_unread(*pair, path) for pair in zip(given, kept, strict=True))), "")
+    return ""
 
 
 class _Return:

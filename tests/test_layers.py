@@ -40,7 +40,13 @@ LAYERS = [
     ["http"],
     ["sql"],
     ["_demo"],
+    ["cli", "cli.exits", "cli.interrupts", "cli.table"],
+    ["cli.console"],
+    ["cli.store"],
+    ["cli.find"],
+    ["cli.listing", "cli.show", "cli.forget", "cli.resolve", "cli.purge", "cli.migrate"],
     ["__init__"],
+    ["cli.main"],
     ["__main__"],
     ["testing._world"],
     ["testing._callers"],
@@ -100,7 +106,7 @@ def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(hea
         "hypothesis": {"testing.strategies", "testing.stateful"},
         "sqlalchemy": {
             *("backends.sql", "backends._engines", "backends._notify", "backends._statements", "backends._caller"),
-            "sql",
+            *("sql", "cli.table"),
         },
     }
     importers = set()

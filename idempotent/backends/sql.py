@@ -338,7 +338,8 @@ def _raise_unless_transient(error: Exception) -> None:
     words, code = _words(error), _code(error)
     if _is_missing(error):
         raise BackendError(
-            f"the table of records is missing, and could not be made (create=False, no permission, no time): {words}"
+            "the table of records is missing, and could not be made (create=False, no permission, no time);"
+            f" `idempotent migrate URL` makes it: {words}"
         ) from _cause(error)
     if isinstance(error, exc.TimeoutError):
         raise BackendUnavailable(f"no connection became free in time: {words}") from _cause(error)

@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from idempotent.__main__ import Interrupts
+from idempotent.cli.interrupts import Interrupts
 from idempotent.testing.soak import add_arguments, run
 
 
