@@ -41,10 +41,12 @@ LAYERS = [
     ["sql"],
     ["_demo"],
     ["cli", "cli.exits", "cli.interrupts", "cli.table"],
-    ["cli.console"],
+    ["cli.console", "cli.verdict"],
     ["cli.store"],
     ["cli.find"],
     ["cli.listing", "cli.show", "cli.forget", "cli.resolve", "cli.purge", "cli.migrate"],
+    ["cli.doctor_redis", "cli.doctor_sql"],
+    ["cli.doctor"],
     ["__init__"],
     ["cli.main"],
     ["__main__"],
@@ -102,11 +104,11 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 @pytest.mark.parametrize("heavy", ["redis", "sqlalchemy", "pydantic", "hypothesis", "zstandard", "cryptography"])
 def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
     subjects = {
-        "redis": {"backends.redis", "backends.pubsub", "backends._redis_links"},
+        "redis": {"backends.redis", "backends.pubsub", "backends._redis_links", "cli.doctor_redis"},
         "hypothesis": {"testing.strategies", "testing.stateful"},
         "sqlalchemy": {
             *("backends.sql", "backends._engines", "backends._notify", "backends._statements", "backends._caller"),
-            *("sql", "cli.table"),
+            *("sql", "cli.table", "cli.doctor_sql"),
         },
     }
     importers = set()

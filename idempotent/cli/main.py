@@ -22,6 +22,7 @@ _CODES = """exit codes:
 """
 
 _COMMANDS = {
+    "doctor": ("doctor", "whether a backend is set up so that money can rely on it"),
     "list": ("listing", "the records of a backend"),
     "show": ("show", "all that is known of one record"),
     "forget": ("forget", "remove a record, so that the next call runs"),

@@ -1,0 +1,316 @@
+"""What `doctor` looks at on Redis and Valkey. Each command that is tried changes nothing, as the key it names is absent."""
+
+import statistics
+import time
+from typing import Any
+
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from idempotent._record import LOCKS, RecordId
+from idempotent.backends._listener import Refused
+from idempotent.backends.pubsub import subscriber_of
+from idempotent.backends.redis import RedisBackend
+from idempotent.cli.verdict import Finding, clock
+from idempotent.errors import BackendError
+
+__all__ = ["CALLS_NEED", "LOCKS_NEED", "examine"]
+
+CALLS_NEED = ("evalsha", "eval", "get", "set", "pttl", "time", "publish", "ping", "scan", "hello", "select")
+"""What the user must be allowed so that calls work; and to subscribe, which is tried on a connection of its own."""
+LOCKS_NEED = ("zadd", "zpopmin", "zrem", "pexpire")
+"""What locks need besides."""
+
+_ALONE = "what moves money belongs on a store that does not forget"
+
+
+class _Denied(Exception):
+    """The user may not send this command, or not with this key or channel."""
+
+
+async def examine(backend: RedisBackend) -> list[Finding]:
+    """Everything that can be found out about the server, or servers, of `backend`."""
+    try:
+        await backend._send(("PING",), backend.timeout)
+    except BackendError as error:
+        if not isinstance(error.__cause__, NoPermissionError):
+            remedy = "start it, or mend host, port, user or password in the URL"
+            return [Finding("reachable", "unsafe", str(error), "no call runs: each gets BackendUnavailable", remedy)]
+    view: Any = backend.blocking()
+    senders = getattr(view._link, "senders", None)
+    sends = [view._link.send] if senders is None else await senders(time.monotonic() + backend.timeout)
+    findings: list[Finding] = []
+    for send in sends:
+        findings += await _Server(view, send, len(sends) > 1).findings()
+    return findings
+
+
+class _Server:
+    """One server that holds records."""
+
+    def __init__(self, backend: Any, send: Any, one_of_many: bool) -> None:
+        self._backend = backend
+        self._send = send
+        self._one_of_many = one_of_many
+        self._key = backend._key(RecordId("idempotent.doctor", "probe"))
+        self._is_named_as_cluster = getattr(getattr(backend, "_servers", None), "is_cluster", False)
+        self._line = backend._key(RecordId("idempotent.doctor", "probe", LOCKS)) + ":line"
+
+    async def _ask(self, *command: Any) -> Any:
+        """The reply. Raises _Denied, or what redis-py raises."""
+        try:
+            return await self._send(command, time.monotonic() + self._backend.timeout)
+        except NoPermissionError as error:
+            raise _Denied from error
+        except ResponseError as error:
+            if "NOPERM" in str(error) or "can't run this command" in str(error):
+                raise _Denied from error
+            raise
+
+    async def findings(self) -> list[Finding]:
+        """All of them; what fails on the way is one, too."""
+        try:
+            hello = await self._hello()
+            found = [await self._round_trip(), _version(hello), *await self._clock(), *self._mode(hello)]
+            info = await self._info()
+            found += [*await self._persistence(info), *_eviction(info), *await self._replicas(info, hello)]
+            found += [*await self._permissions(), *await self._writes(), *self._pubsub(), self._client()]
+        except (RedisError, OSError) as error:
+            words = str(error) or type(error).__name__
+            return [Finding("reachable", "unsafe", f"it stopped answering: {words}", "", "look after the server")]
+        return found
+
+    async def _hello(self) -> dict[str, str]:
+        try:
+            reply = await self._ask("HELLO")
+        except _Denied:
+            return {}
+        pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=False)
+        return {key.decode(): value.decode() if isinstance(value, bytes) else str(value) for key, value in pairs}
+
+    async def _info(self) -> dict[str, str] | None:
+        """What INFO says; None: the user may not ask."""
+        try:
+            text = (await self._ask("INFO")).decode(errors="replace")
+        except _Denied:
+            return None
+        return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+    async def _config(self, name: str) -> str | None:
+        """A setting; None: the user may not ask."""
+        try:
+            reply = await self._ask("CONFIG", "GET", name)
+        except (_Denied, ResponseError):  # hosted servers know no CONFIG
+            return None
+        value = (
+            reply.get(name.encode())
+            if isinstance(reply, dict)
+            else dict(zip(reply[::2], reply[1::2], strict=False)).get(name.encode())
+        )
+        return None if value is None else value.decode()
+
+    async def _round_trip(self) -> Finding:
+        times = []
+        for _ in range(11):
+            began = time.perf_counter()
+            try:
+                await self._ask("PING")
+            except _Denied:
+                pass
+            times.append(time.perf_counter() - began)
+        median = statistics.median(times)
+        found = f"answers; a round trip takes {median * 1000:.1f} ms"
+        if median > self._backend.timeout / 20:
+            remedy = "put it nearer to the workers, or give a longer timeout= and lease"
+            return Finding("reachable", "note", found, "a first call takes two, and commands have a deadline", remedy)
+        return Finding("reachable", "ok", found)
+
+    async def _clock(self) -> list[Finding]:
+        try:
+            before = time.time()
+            seconds, micros = await self._ask("TIME")
+            off = int(seconds) + int(micros) / 1e6 - (before + time.time()) / 2
+        except _Denied:
+            return []  # told among the permissions
+        return [clock(off)]
+
+    def _mode(self, hello: dict[str, str]) -> list[Finding]:
+        if hello.get("mode") != "cluster" or self._one_of_many or self._is_named_as_cluster:
+            return []
+        remedy = "name it as a cluster, redis+cluster://, or use a server of its own"
+        return [Finding("mode", "unsafe", "it is a node of a cluster", "keys of other nodes are refused", remedy)]
+
+    async def _persistence(self, info: dict[str, str] | None) -> list[Finding]:
+        if info is None:
+            return [_unseen("persistence", "whether records outlive a restart")]
+        if info.get("aof_enabled") == "1":
+            if info.get("aof_last_write_status", "ok") != "ok":
+                why = "records are not on disk, and writes may be refused"
+                return [
+                    Finding("persistence", "unsafe", "the append-only file cannot be written", why, "free its disk")
+                ]
+            sync = await self._config("appendfsync")
+            found = f"append-only file, appendfsync {sync or 'not to be seen'}"
+            if sync == "always":
+                return [Finding("persistence", "ok", found)]
+            if sync == "no":
+                why = "if the machine dies, what the system had not written is lost: up to half a minute"
+                return [Finding("persistence", "warning", found, why, "CONFIG SET appendfsync everysec, or always")]
+            why = "a killed server loses nothing; if the machine itself dies, up to a second of records is lost"
+            return [Finding("persistence", "note", found, why, "appendfsync always, where that second counts")]
+        save = await self._config("save")
+        remedy = "CONFIG SET appendonly yes, and the same in its configuration file"
+        if save:
+            why = "a crash loses every record since the last snapshot, and what it answered runs again"
+            return [Finding("persistence", "warning", f"snapshots only (save {save})", why, remedy)]
+        found = "none" if save is not None else "no append-only file; whether there are snapshots is not to be seen"
+        why = "a restart loses every record, and every retry that comes after it runs again"
+        return [Finding("persistence", "warning", found, why, remedy)]
+
+    async def _replicas(self, info: dict[str, str] | None, hello: dict[str, str]) -> list[Finding]:
+        role = (info or {}).get("role") or hello.get("role", "")
+        if role in ("slave", "replica"):
+            why = "every claim is refused (READONLY), so no call runs"
+            return [Finding("replicas", "unsafe", "it is a read-only replica", why, "name the primary in the URL")]
+        if info is None:
+            return [_unseen("replicas", "whether a failover could lose records")]
+        there, wanted = int(info.get("connected_slaves", 0)), getattr(self._backend, "replicas", 0)
+        if wanted:
+            return [await self._waits(there, wanted)]
+        if not there:
+            return [Finding("replicas", "ok", "none, so no failover can lose a record; the machine is a single one")]
+        why = "replicas are behind by a moment: a failover can lose a claim that was confirmed, and it runs again"
+        remedy = f"replicas=1 in the URL makes claims and outcomes wait for a replica; else {_ALONE}"
+        return [Finding("replicas", "warning", f"{there} connected, and nothing waits for them", why, remedy)]
+
+    async def _waits(self, there: int, wanted: int) -> Finding:
+        try:
+            confirmed = int(await self._ask("WAIT", wanted, 500))
+        except _Denied:
+            return Finding(
+                "replicas", "unsafe", "the user may not WAIT", "no claim is confirmed", "ACL SETUSER ... +wait"
+            )
+        found = f"{confirmed} of the {wanted} that replicas= asks for confirm"
+        if confirmed < wanted:
+            remedy = f"bring {wanted - confirmed} more up ({there} connected), or lower replicas="
+            return Finding("replicas", "unsafe", found, "no claim is confirmed, so no call runs", remedy)
+        return Finding("replicas", "ok", found)
+
+    async def _permissions(self) -> list[Finding]:
+        key, line = self._key, self._line
+        tried: dict[str, tuple[Any, ...]] = {
+            "evalsha": ("EVALSHA", "0" * 40, 1, key),
+            "eval": ("EVAL", "return 1", 1, key),
+            "get": ("GET", key),
+            "set": ("SET", key, "", "XX", "PX", 1),
+            "pttl": ("PTTL", key),
+            "time": ("TIME",),
+            "publish": ("PUBLISH", key, ""),
+            "ping": ("PING",),
+            "scan": ("SCAN", 0, "COUNT", 1),
+            "hello": ("HELLO",),
+            "select": ("SELECT", self._backend._link._pool.connection_kwargs.get("db", 0))
+            if hasattr(self._backend._link, "_pool")
+            else ("PING",),
+            "zadd": ("ZADD", line, "XX", 0, "-"),
+            "zpopmin": ("ZPOPMIN", line),
+            "zrem": ("ZREM", line, "-"),
+            "pexpire": ("PEXPIRE", line, 1),
+        }
+        missing = [name for name in (*CALLS_NEED, *LOCKS_NEED) if await self._is_denied(tried[name])]
+        calls, locks = ([name for name in missing if name in need] for need in (CALLS_NEED, LOCKS_NEED))
+        prefix = self._backend.prefix
+        rules = f"~{prefix}:* &{prefix}:* {' '.join(f'+{name}' for name in missing)}"
+        remedy = f"ACL SETUSER <user> {rules}"
+        if calls:
+            why = "calls are refused, or cannot record their outcome"
+            return [Finding("permissions", "unsafe", f"missing: {', '.join(missing)}", why, remedy)]
+        if locks:
+            return [
+                Finding("permissions", "note", f"missing: {', '.join(locks)}", "locks do not work; calls do", remedy)
+            ]
+        return [Finding("permissions", "ok", "every command that calls and locks need")]
+
+    async def _is_denied(self, command: tuple[Any, ...]) -> bool:
+        try:
+            await self._ask(*command)
+        except _Denied:
+            return True
+        except ResponseError:  # it was allowed, and answered otherwise: no such script, no memory, read-only
+            return False
+        return False
+
+    async def _writes(self) -> list[Finding]:
+        """Whether it takes writes at this moment: of a key that is not there, and stays so."""
+        try:
+            await self._ask("SET", self._key, "", "XX", "PX", 1)
+        except _Denied:
+            return []
+        except ResponseError as error:
+            text = str(error)
+            if "read only replica" in text or "READONLY" in text:
+                return []  # told among the replicas
+            return [
+                Finding("writes", "unsafe", f"refused: {text}", "every claim is refused, so no call runs", "mend that")
+            ]
+        return [Finding("writes", "ok", "taken")]
+
+    def _pubsub(self) -> list[Finding]:
+        pool = getattr(self._backend._link, "_pool", None)
+        subscribe = None if pool is None else subscriber_of(pool, self._backend.timeout)
+        if subscribe is None:
+            return []
+        subscriber = subscribe()
+        try:
+            subscriber.subscribe({self._key})
+            heard = list(subscriber.receive())
+        except Refused:
+            remedy = f"ACL SETUSER <user> &{self._backend.prefix}:* +subscribe +unsubscribe"
+            return [Finding("pub/sub", "note", "subscribing is refused", "who waits polls, and hears later", remedy)]
+        finally:
+            subscriber.close()
+        return [Finding("pub/sub", "ok", "subscribing is allowed")] if heard else []
+
+    def _client(self) -> Finding:
+        return Finding(
+            "client",
+            "ok",
+            f"a command is sent again for up to timeout={self._backend.timeout:g} s; redis-py's own re-sending is off",
+        )
+
+
+def _version(hello: dict[str, str]) -> Finding:
+    server, version = hello.get("server", ""), hello.get("version", "")
+    if not version:
+        return Finding("version", "note", "not to be seen", "Redis 6.2 or newer is needed", "ACL SETUSER <user> +hello")
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    name = server.capitalize() or "Redis"
+    if server == "redis" and numbers < (6, 2):
+        why = "its scripts and SET lack what the protocol needs"
+        return Finding("version", "unsafe", f"{name} {version}", why, "upgrade to Redis 6.2 or newer, or Valkey")
+    return Finding("version", "ok", f"{name} {version}")
+
+
+def _eviction(info: dict[str, str] | None) -> list[Finding]:
+    if info is None:
+        return [_unseen("eviction", "whether records are evicted before their time")]
+    policy, limit = info.get("maxmemory_policy", ""), int(info.get("maxmemory", 0))
+    used = int(info.get("used_memory", 0))
+    remedy = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file"
+    if policy == "noeviction":
+        found = (
+            "noeviction, no memory limit" if not limit else f"noeviction, {100 * used // limit} % of maxmemory in use"
+        )
+        if limit and used > 0.9 * limit:
+            why = "once it is full new calls are refused: nothing runs twice, and nothing runs"
+            return [Finding("eviction", "note", found, why, "raise maxmemory, or shorten ttl")]
+        return [Finding("eviction", "ok", found)]
+    if not limit:
+        why = "without a limit nothing is evicted; as soon as somebody sets maxmemory, records are"
+        return [Finding("eviction", "warning", f"{policy}, no memory limit yet", why, remedy)]
+    why = "when memory is short the server drops records, and what they answered runs again"
+    return [Finding("eviction", "unsafe", f"maxmemory-policy {policy}", why, remedy)]
+
+
+def _unseen(check: str, what: str) -> Finding:
+    remedy = "run doctor as a user with +info (and +config|get), or ask who runs the server"
+    return Finding(check, "warning", "not to be seen: the user may not INFO", f"{what} is not known", remedy)
