@@ -24,6 +24,11 @@ class ThreadWaiter:
         self._gate.acquire()
         self._woken = False
 
+    @property
+    def is_woken(self) -> bool:
+        """Whether `wake` was called."""
+        return self._woken
+
     def wake(self) -> None:
         """End the wait. Any thread may call it, any number of times."""
         self._woken = True

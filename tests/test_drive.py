@@ -6,6 +6,10 @@ import asyncio
 import contextlib
 import functools
 import gc
+import os
+import queue
+import signal
+import socket
 import sys
 import threading
 import time
@@ -34,7 +38,7 @@ from idempotent import (
 from idempotent import _flow as flow
 from idempotent._drive import drive
 from idempotent._record import Answer, RecordId
-from idempotent._signals import ThreadWaiter
+from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._listener import Listener
 
 
@@ -351,6 +355,217 @@ def test_waiters_outnumber_what_the_bell_holds_while_the_server_does_not_answer(
     for thread in threads:
         thread.join(20)
     assert joined == [False] * 600
+
+
+class Wire:
+    """A server, and the connection to it, that counts who reads: each message is its channel and a newline."""
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = socket.socketpair()
+        self.readers: list[str] = []
+        self.closed = threading.Event()
+        self.on_receive: Callable[[], None] = lambda: None
+
+    def publish(self, *channels: str) -> None:
+        self._theirs.sendall("".join(f"{channel}\n" for channel in channels).encode())
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def subscribe(self, channels: set[str]) -> list[tuple[bool, str]]:
+        return [(True, channel) for channel in channels]
+
+    def unsubscribe(self, channels: list[str]) -> tuple[()]:
+        return ()
+
+    def receive(self) -> Iterator[tuple[bool, str]]:
+        self.readers.append(threading.current_thread().name)
+        self.on_receive()
+        read = self._ours.recv(4096)
+        if not read:
+            raise OSError("the server has closed the connection")
+        for channel in read.decode().split():
+            yield False, channel
+
+    def ping(self) -> tuple[()]:
+        return ()
+
+    def close(self) -> None:
+        self._ours.close()
+        self.closed.set()
+
+    def hang_up(self) -> None:
+        self._theirs.close()
+
+
+class Waits:
+    """Waits of threads on a listener, each until its channel's message or `timeout` seconds."""
+
+    def __init__(self) -> None:
+        self.wires = [Wire()]
+        self.listener = Listener(lambda: self.wires[-1])
+        self.woken: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def wait(self, channel: str, timeout: float = 30) -> None:
+        async def runs() -> bool:
+            return True
+
+        async def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+
+        drive(self.listener.changed(channel, ThreadWaiter(), runs, sleep, timeout, 30))
+        self.woken.put(channel)
+
+    def start(self, channel: str, timeout: float = 30) -> None:
+        threading.Thread(target=self.wait, args=(channel, timeout), name=channel, daemon=True).start()
+
+    @property
+    def reader(self) -> Any:
+        line = self.listener._line
+        return None if line is None else line.reader
+
+
+@pytest.fixture
+def waits() -> Iterator[Waits]:
+    waits = Waits()
+    yield waits
+    waits.listener.close()
+    for wire in waits.wires:
+        wire.close()
+        wire.hang_up()
+
+
+def test_a_thread_that_waits_alone_reads_for_itself(waits: Waits) -> None:
+    for _ in range(3):
+        waits.start("a")
+        eventually(lambda: waits.reader is not None)
+        waits.wires[0].publish("a")
+        assert waits.woken.get(timeout=0.9) == "a"  # it would look by itself after a second
+        eventually(lambda: waits.reader is None)
+    assert waits.wires[0].readers == ["a"] * 3
+
+
+def test_a_thread_that_reads_wakes_the_others_and_hands_the_reading_on(waits: Waits) -> None:
+    wire = waits.wires[0]
+    waits.start("a")
+    eventually(lambda: waits.reader is not None)
+    waits.start("b")
+    waits.start("c")
+    eventually(lambda: waits.listener._waiters == 3 and {"a", "b", "c"} <= waits.listener._heard)
+    wire.publish("b")
+    assert waits.woken.get(timeout=0.9) == "b"
+    wire.publish("a", "c")  # what is behind its own message it leaves to the next reader
+    assert {waits.woken.get(timeout=0.9), waits.woken.get(timeout=0.9)} == {"a", "c"}
+    assert wire.readers == ["a", "a"]
+    waits.start("b")
+    waits.start("c")
+    eventually(lambda: waits.listener._waiters == 2 and waits.reader is None)
+    eventually(lambda: waits.listener._line.thread_reads)
+    wire.publish("b")
+    assert waits.woken.get(timeout=0.9) == "b"
+    assert wire.readers[-1] == "idempotent-listener"
+    wire.publish("c")
+    assert waits.woken.get(timeout=0.9) == "c"
+
+
+def test_a_task_that_waits_beside_a_reading_thread_is_woken(waits: Waits) -> None:
+    async def runs() -> bool:
+        return True
+
+    async def main() -> None:
+        for _ in range(2):
+            task = asyncio.create_task(waits.listener.changed("t", TaskWaiter(), runs, asyncio.sleep, 30, 30))
+            await asyncio.sleep(0.05)
+            waits.wires[0].publish("t")
+            await asyncio.wait_for(task, 0.9)
+
+    asyncio.run(main())  # alone: the listener's thread reads
+    waits.start("a")
+    eventually(lambda: waits.reader is not None)
+    asyncio.run(main())
+    assert waits.wires[0].readers[-2:] == ["a", "a"]
+    waits.wires[0].publish("a")
+    assert waits.woken.get(timeout=0.9) == "a"
+    asyncio.run(main())  # alone again, on a channel that is still subscribed
+
+
+def test_a_thread_that_reads_waits_no_longer_than_it_was_to(waits: Waits) -> None:
+    waits.wait("a", 0.01)
+    began = time.monotonic()
+    waits.wait("a", 0.2)
+    assert 0.2 <= time.monotonic() - began < 0.9
+    assert waits.wires[0].readers == []
+
+
+def test_a_listener_that_is_closed_wakes_its_reader_and_closes_the_connection(waits: Waits) -> None:
+    waits.start("a", 60)
+    eventually(lambda: waits.reader is not None)
+    line, wire = waits.listener._line, waits.wires[0]
+    began = time.monotonic()
+    waits.listener.close()
+    assert time.monotonic() - began < 1.5
+    assert wire.closed.is_set()
+    assert line is not None
+    assert line.reader is None
+
+
+@pytest.mark.parametrize("how", ["hung up", "interrupted"])
+def test_a_connection_that_breaks_in_the_hands_of_its_reader_is_made_anew_and_everyone_woken(
+    waits: Waits, how: str
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    wire = waits.wires[0]
+    raised: list[str] = []
+
+    def reads() -> None:
+        try:
+            waits.wait("a")
+        except KeyboardInterrupt:
+            raised.append("interrupted")
+            waits.woken.put("a")
+
+    threading.Thread(target=reads, name="a", daemon=True).start()
+    eventually(lambda: waits.reader is not None)
+    waits.start("b")
+    eventually(lambda: waits.listener._waiters == 2 and "b" in waits.listener._heard)
+    waits.wires.append(Wire())
+    if how == "hung up":
+        wire.hang_up()
+    else:
+        wire.on_receive = interrupt
+        wire.publish("b")
+    assert {waits.woken.get(timeout=0.9), waits.woken.get(timeout=0.9)} == {"a", "b"}
+    assert raised == (["interrupted"] if how == "interrupted" else [])
+    assert wire.closed.wait(10)
+    assert wire.readers == ["a"]
+    waits.start("a")
+    eventually(lambda: waits.reader is not None)
+    waits.wires[1].publish("a")
+    assert waits.woken.get(timeout=0.9) == "a"
+
+
+def test_a_handler_that_forks_while_its_thread_reads_leaves_the_connection_to_the_parent(waits: Waits) -> None:
+    wire = waits.wires[0]
+    children: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            waits.wait("a", 0.6)
+        finally:
+            if children == [0]:
+                os._exit(1 if waits.woken.empty() or wire.closed.is_set() or wire.readers else 7)
+        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+        assert waits.woken.get(timeout=1) == "a"
+        waits.start("a")
+        eventually(lambda: waits.reader is not None)
+        wire.publish("a")
+        assert waits.woken.get(timeout=0.9) == "a"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---------------------------------------------------------------------------------------------------------- flights

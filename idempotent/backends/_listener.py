@@ -1,4 +1,9 @@
-"""The one subscription connection of a process: a thread that hears what a server tells and wakes waiters of any colour."""
+"""The one subscription connection of a process: whoever hears what a server tells wakes waiters of any colour.
+
+A thread owns the connection: it opens it, subscribes, sees to it that it is alive, and closes it. It also reads, unless
+one thread alone waits: that one reads for itself, and is spared the time that one thread takes to wake another, which
+is much of what handing over a lock costs.
+"""
 
 import os
 import selectors
@@ -6,7 +11,8 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 from idempotent._signals import Signals, TaskWaiter, ThreadWaiter
@@ -33,7 +39,7 @@ Heard = tuple[bool, str]
 
 
 class Subscriber(Protocol):
-    """A connection to listen on, used by one thread. Whatever it raises ends it. Each step says what came meanwhile."""
+    """A connection to listen on, used by one thread at a time. What it raises ends it. Each step says what came meanwhile."""
 
     def fileno(self) -> int:
         """Its socket."""
@@ -48,7 +54,7 @@ class Subscriber(Protocol):
         ...
 
     def receive(self) -> Iterable[Heard]:
-        """Read what the socket has."""
+        """Read what the socket has; it has something."""
         ...
 
     def ping(self) -> Iterable[Heard]:
@@ -60,11 +66,93 @@ class Subscriber(Protocol):
         ...
 
 
+def _bell() -> tuple[socket.socket, socket.socket]:
+    """Its two ends: the one to ring, and the one to hear."""
+    rings, hears = socket.socketpair()
+    rings.setblocking(False)
+    hears.setblocking(False)
+    return rings, hears
+
+
+def _ring(bell: socket.socket) -> None:
+    try:
+        bell.send(b"!")
+    except BlockingIOError:  # full: it has rung
+        pass
+
+
+class _Line:
+    """An open connection, and who reads from it."""
+
+    def __init__(self, subscriber: Subscriber) -> None:
+        self.subscriber = subscriber
+        self.reader: ThreadWaiter | None = None
+        """Whose thread reads for itself; None: the listener's thread does, if anybody waits."""
+        self.thread_reads = False
+        """Whether the listener's thread waits for what comes."""
+        self.rest: Iterator[Heard] | None = None
+        """What was read, or begun to, and has not been told."""
+        self.steps = 0
+        """So many steps were taken: whoever was told of something to read before another step has to look again."""
+        self.heard_at = time.monotonic()
+        self.failure: Exception | None = None
+        """What broke it in the hands of a reader."""
+        self._turn = threading.Lock()
+        self._rings, self._hears = _bell()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._hears, selectors.EVENT_READ)
+        self._selector.register(subscriber.fileno(), selectors.EVENT_READ, subscriber)
+
+    def has_come(self, seconds: float) -> bool:
+        """Wait for something to read, or for the reader to be called; whether there may be something to read."""
+        if self.rest is not None:
+            return True
+        found = [key.data for key, _ in self._selector.select(seconds)]
+        if None in found:
+            self._hears.recv(4096)
+        return self.subscriber in found
+
+    def call_reader(self) -> None:
+        """Have the reader look whether it has been woken."""
+        if self.reader is not None:
+            _ring(self._rings)
+
+    def receive(self, steps: int, tell: Callable[[Heard], None], until: ThreadWaiter | None = None) -> None:
+        """Tell what had come after so many `steps`; when `until` is woken, the rest is left for later."""
+        with self._turn:
+            if self.rest is None:
+                if self.steps != steps and not any(key.data for key, _ in self._selector.select(0)):
+                    return
+                self.rest = iter(self.subscriber.receive())
+            self.steps += 1
+            for heard in self.rest:
+                tell(heard)
+                if until is not None and until.is_woken:  # to look whether there is more would cost it time
+                    break
+            else:
+                self.rest = None
+            self.heard_at = time.monotonic()
+
+    def take(self, step: Callable[[], Iterable[Heard]], tell: Callable[[Heard], None]) -> None:
+        """Take another step of the subscriber, while nobody else uses it, and tell what came meanwhile."""
+        with self._turn:
+            self.steps += 1
+            for heard in step():
+                tell(heard)
+
+    def close(self) -> None:
+        """Close the connection. May be called twice."""
+        self._selector.close()
+        self._rings.close()
+        self._hears.close()
+        self.subscriber.close()
+
+
 class Listener:
     """Subscriptions of this process on one connection, made when the first waiter comes.
 
-    The thread owns the connection. Waiters leave requests and wake it; it wakes them when their channel is subscribed
-    and when a message comes. When the connection breaks everyone is woken: whoever still waits asks again.
+    Waiters leave requests and wake the thread; they are woken when their channel is subscribed and when a message comes.
+    When the connection breaks everyone is woken: whoever still waits asks again.
     """
 
     def __init__(self, connect: Callable[[], Subscriber]) -> None:
@@ -74,15 +162,19 @@ class Listener:
 
     def _reset(self) -> None:
         self._lock = threading.RLock()  # the collector may end a lost task's wait while this thread holds it
+        self._changed = threading.Condition(self._lock)
         self._signals = Signals()
         self._acknowledged = Signals()
         self._waiting: dict[str, int] = {}
+        self._waiters = 0
+        """The sum of `_waiting`."""
         self._left: dict[str, float] = {}
         """Channels without waiters, and when they are given up (monotonic seconds)."""
         self._asked: set[str] = set()
         self._heard: set[str] = set()
         self._thread: threading.Thread | None = None
         self._bell: socket.socket | None = None
+        self._line: _Line | None = None
         self._refused_until = 0.0
         self._closing = False
 
@@ -110,7 +202,7 @@ class Listener:
             pause = 1.0
             while joined and self.hears(channel) and await runs():
                 left = until - time.monotonic()
-                if left <= 0 or await waiter.wait(min(left, pause)):
+                if left <= 0 or await self._wait(waiter, min(left, pause)):
                     return
                 pause = 2.0
             if joined and self.hears(channel):
@@ -127,6 +219,7 @@ class Listener:
         try:
             with self._lock:
                 self._waiting[channel] = self._waiting.get(channel, 0) + 1
+                self._waiters += 1
                 self._left.pop(channel, None)
                 if channel in self._heard:
                     return True
@@ -146,11 +239,75 @@ class Listener:
         self._signals.discard(channel, waiter)
         with self._lock:
             count = self._waiting.get(channel, 0) - 1
-            if count > 0:
+            if count < 0:
+                return
+            self._waiters -= 1
+            if count:
                 self._waiting[channel] = count
-            elif count == 0:
+            else:
                 del self._waiting[channel]
                 self._left[channel] = time.monotonic() + _LINGER
+
+    async def _wait(self, waiter: ThreadWaiter | TaskWaiter, timeout: float) -> bool:
+        """Wait until `waiter` is woken, at most `timeout` seconds; whether it was. Somebody reads meanwhile."""
+        until = time.monotonic() + timeout
+        line = self._line
+        if line is not None:
+            try:
+                if (reader := self._begin_reading(line, waiter)) is not None:
+                    self._read(line, reader, until)
+            finally:
+                try:
+                    self._stop_reading(line, waiter)
+                except BaseException:  # a signal handler's: who has gone must not be taken for reading
+                    self._stop_reading(line, waiter)
+                    raise
+        return await waiter.wait(max(0.0, until - time.monotonic()))
+
+    def _begin_reading(self, line: _Line, waiter: ThreadWaiter | TaskWaiter) -> ThreadWaiter | None:
+        """`waiter`, if its thread is to read what comes; None: it is seen to that another thread does."""
+        with self._lock:
+            if line is not self._line or line.reader is not None or line.failure is not None:
+                return None
+            if self._waiters == 1 and isinstance(waiter, ThreadWaiter):
+                line.reader = waiter
+            if line.thread_reads != (line.reader is None):
+                self._ring()  # the listener's thread is to begin, or to leave it to this one
+            return line.reader
+
+    def _read(self, line: _Line, waiter: ThreadWaiter, until: float) -> None:
+        """Read until `waiter` is woken, or monotonic `until` has come, or the line breaks."""
+        while not waiter.is_woken and (left := until - time.monotonic()) > 0:
+            steps = line.steps
+            has_come = line.has_come(left)
+            if line.reader is not waiter:  # a signal handler has forked, and this is the child
+                return
+            if has_come:
+                try:
+                    line.receive(steps, self._tell, waiter)
+                except BaseException as error:  # with what was read and not told, wake-ups are lost
+                    self._break(line, error)
+                    if isinstance(error, Exception):
+                        return
+                    raise
+
+    def _break(self, line: _Line, error: BaseException) -> None:
+        with self._lock:
+            line.failure = error if isinstance(error, Exception) else OSError("interrupted while reading")
+            if line is self._line:
+                self._ring()
+
+    def _stop_reading(self, line: _Line, waiter: ThreadWaiter | TaskWaiter) -> None:
+        if line.reader is not waiter:
+            return
+        with self._lock:
+            line.reader = None
+            self._changed.notify_all()
+            if line is self._line:
+                if self._waiters > 1:
+                    self._ring()
+                return
+        line.close()  # it has ended meanwhile, and may have been left open for this reader
 
     def close(self) -> None:
         """End the thread and its connection; waiters are woken. A later waiter starts anew."""
@@ -166,9 +323,7 @@ class Listener:
     def _ring(self) -> None:
         if self._thread is None:
             self._closing = False
-            ours, theirs = socket.socketpair()
-            ours.setblocking(False)
-            theirs.setblocking(False)
+            theirs, ours = _bell()
             thread = threading.Thread(target=self._listen, args=(ours,), name="idempotent-listener", daemon=True)
             try:
                 thread.start()
@@ -178,26 +333,25 @@ class Listener:
                 return
             self._bell, self._thread = theirs, thread
         elif self._bell is not None:
-            try:
-                self._bell.send(b"!")
-            except BlockingIOError:  # full: it has rung
-                pass
+            _ring(self._bell)
 
     def _listen(self, bell: socket.socket) -> None:
         subscriber: Subscriber | None = None
+        line: _Line | None = None
         try:
             subscriber = self._connect()
+            line = _Line(subscriber)
             with selectors.DefaultSelector() as selector:
                 selector.register(bell, selectors.EVENT_READ)
-                selector.register(subscriber.fileno(), selectors.EVENT_READ, subscriber)
-                self._serve(subscriber, selector, bell)
+                self._line = line
+                self._serve(line, selector, bell)
         except Refused:
             self._refused_until = time.monotonic() + _REFUSED
         except Exception:  # noqa: S110  whatever broke the connection: the waiters are told, and ask again
             pass
         finally:
             with self._lock:
-                self._thread = None
+                self._thread = self._line = None
                 theirs, self._bell = self._bell, None
                 self._heard.clear()
                 self._asked.clear()
@@ -205,13 +359,23 @@ class Listener:
             bell.close()
             if theirs is not None:
                 theirs.close()
-            if subscriber is not None:
-                subscriber.close()
             self._acknowledged.notify_all()
             self._signals.notify_all()
+            if line is not None:
+                self._close(line)
+            elif subscriber is not None:
+                subscriber.close()
 
-    def _serve(self, subscriber: Subscriber, selector: selectors.BaseSelector, bell: socket.socket) -> None:
-        heard = time.monotonic()
+    def _close(self, line: _Line) -> None:
+        """Close a line that has ended, once its reader has left it; a reader that is held up closes it itself."""
+        with self._lock:
+            line.call_reader()
+            if not self._changed.wait_for(lambda: line.reader is None, _LINGER):
+                return
+        line.close()
+
+    def _serve(self, line: _Line, selector: selectors.BaseSelector, bell: socket.socket) -> None:
+        subscriber = line.subscriber
         while True:
             with self._lock:
                 now = time.monotonic()
@@ -220,37 +384,53 @@ class Listener:
                 for channel in over:
                     del self._left[channel]
                     self._heard.discard(channel)
+                if line.failure is not None:
+                    raise line.failure
                 if self._closing or not (asked or self._waiting or self._left):
                     return
+                reads = line.reader is None and self._waiters > 0
+                if reads and not line.thread_reads:
+                    selector.register(subscriber.fileno(), selectors.EVENT_READ, subscriber)
+                elif line.thread_reads and not reads:
+                    selector.unregister(subscriber.fileno())
+                line.thread_reads = reads
             if asked:
-                self._tell(subscriber.subscribe(asked))
+                line.take(partial(subscriber.subscribe, asked), self._tell)
             if over:
-                self._tell(subscriber.unsubscribe(over))
+                line.take(partial(subscriber.unsubscribe, over), self._tell)
+            if reads and line.rest is not None:
+                line.receive(line.steps, self._tell)
+            steps = line.steps
             for key, _ in selector.select(_LINGER):
                 if key.data is None:
                     bell.recv(4096)
                 else:
-                    heard = time.monotonic()
-                    self._tell(subscriber.receive())
-            if time.monotonic() - heard > _QUIET:
-                self._tell(subscriber.ping())
-                heard = time.monotonic()
+                    line.receive(steps, self._tell)
+            if time.monotonic() - line.heard_at > _QUIET:
+                line.take(subscriber.ping, self._tell)
+                line.heard_at = time.monotonic()
+            line.call_reader()  # it may have been told
 
-    def _tell(self, heard: Iterable[Heard]) -> None:
-        for is_confirmation, channel in heard:
-            if is_confirmation:
-                with self._lock:
-                    self._heard.add(channel)
-                self._acknowledged.notify(channel)
-            else:
-                self._signals.notify(channel)
+    def _tell(self, heard: Heard) -> None:
+        is_confirmation, channel = heard
+        if is_confirmation:
+            with self._lock:
+                self._heard.add(channel)
+            self._acknowledged.notify(channel)
+        else:
+            self._signals.notify(channel)
 
 
+_parents: list[object] = []
+"""Lines of a parent process, kept from being finalized here: that could write to its sockets."""
 _listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     for listener in list(_listeners):
+        if (line := listener._line) is not None:
+            line.reader = None
+            _parents.append(line)
         listener._reset()
 
 
