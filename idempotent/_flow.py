@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from random import random
 from typing import Any
 
+from idempotent import events
 from idempotent._record import (
     STEPS,
     Answer,
@@ -19,8 +20,11 @@ from idempotent._record import (
     Mismatched,
     Record,
     RecordId,
+    Row,
     Settled,
+    State,
     Unknown,
+    digest_of,
 )
 from idempotent._run import MARGIN, Call, Driver, Flight, Plan, Run, _current
 from idempotent.errors import (
@@ -75,7 +79,7 @@ class Replay:
     __slots__ = ("age", "error", "replayed", "stored", "token", "value")
 
     def __init__(
-        self, value: Any, *, replayed: bool, stored: bool, token: int, age: float, error: Exception | None = None
+        self, value: Any, replayed: bool, stored: bool, token: int, age: float, error: Exception | None = None
     ) -> None:
         self.value = value
         self.error = error
@@ -84,6 +88,16 @@ class Replay:
         self.stored = stored
         self.token = token
         self.age = age
+
+
+def at_hand(plan: Plan, text: str, found: tuple[Row, int]) -> Replay:
+    """The answer of a settled record that `plan.find` has found. Raises ResultUnavailable if it has none."""
+    row, now = found
+    age = (now - row.since) / 1e6 if now > row.since else 0.0
+    return _replay(plan, text, row.state is _FAILED, row.token, age, row.codec, row.body, True)
+
+
+_FAILED = State.FAILED
 
 
 async def begin(driver: Driver, run: Run) -> Replay | None:
@@ -116,7 +130,7 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         plan.flights.land(run)
         raise
     plan.flights.land(run, settled)
-    return _replay(run, settled)
+    return replay(run, settled)
 
 
 def _refuse_reentry(driver: Driver, run: Run) -> None:
@@ -156,7 +170,7 @@ async def _follow(driver: Driver, run: Run, flight: Flight, until: float | None)
         finally:
             flights.leave(flight, waiter)
     if flight.landed and flight.settled is not None:
-        return _replay(run, flight.settled, stored=flight.stored)
+        return replay(run, flight.settled, stored=flight.stored)
     if flight.error is not None and not run.plan.run_on_outage:
         raise BackendUnavailable(str(flight.error)) from flight.error
     now = driver.now()
@@ -518,33 +532,36 @@ def _encode(run: Run, value: Any) -> tuple[str, bytes, Any]:
         return UNAVAILABLE, reason.encode(errors="replace"), value
 
 
-def _replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
-    """The recorded outcome as this call's own: the decoded value, or the recorded error."""
-    plan, digest = run.plan, run.rid.digest
-    run.report("replayed", token=settled.token, age=settled.age)
-    if settled.codec == UNAVAILABLE:
-        raise ResultUnavailable(digest, reason=settled.body.decode(errors="replace"))
-    if settled.failed:
+def replay(run: Run, settled: Settled, *, stored: bool = True) -> Replay:
+    """The recorded outcome as the call's own: the decoded value, or the recorded error. Raises ResultUnavailable."""
+    return _replay(run.plan, run.rid.text, *settled, stored)
+
+
+def _replay(
+    plan: Plan, text: str, failed: bool, token: int, age: float, codec: str, body: bytes, stored: bool
+) -> Replay:
+    plan.count("replayed")
+    if events.wanted(plan.hooks, "replayed"):
+        plan.tell("replayed", digest_of(text), token, age)
+    if plan.keep_result and not failed and codec == plan.codec.name:
         try:
-            error = decode_error(settled.body, tuple(plan.error_ttl))
+            return Replay(plan.codec.decode(body, text), True, stored, token, age)
         except Exception as failure:
-            raise ResultUnavailable(
-                digest, reason=f"its recorded error cannot be rebuilt for {plan.namespace}: {why(failure)}"
-            ) from None
-        return Replay(None, replayed=True, stored=stored, token=settled.token, age=settled.age, error=error)
-    if settled.codec == DONE or not plan.keep_result:
-        value = None
-    elif settled.codec != plan.codec.name:
-        raise ResultUnavailable(
-            digest,
-            reason=f"it was recorded by the codec {settled.codec!r}, and this function reads {plan.codec.name!r}",
-        )
+            reason = f"{plan.namespace} cannot decode it: {why(failure)}"
+    elif codec == UNAVAILABLE:
+        reason = body.decode(errors="replace")
+    elif failed:
+        try:
+            error = decode_error(body, tuple(plan.error_ttl))
+        except Exception as failure:
+            reason = f"its recorded error cannot be rebuilt for {plan.namespace}: {why(failure)}"
+        else:
+            return Replay(None, True, stored, token, age, error)
+    elif codec == DONE or not plan.keep_result:
+        return Replay(None, True, stored, token, age)
     else:
-        try:
-            value = plan.codec.decode(settled.body, run.rid.text)
-        except Exception as failure:
-            raise ResultUnavailable(digest, reason=f"{plan.namespace} cannot decode it: {why(failure)}") from None
-    return Replay(value, replayed=True, stored=stored, token=settled.token, age=settled.age)
+        reason = f"it was recorded by the codec {codec!r}, and this function reads {plan.codec.name!r}"
+    raise ResultUnavailable(digest_of(text), reason=reason)
 
 
 async def peek(run: Run) -> Record | None:

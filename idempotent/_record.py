@@ -57,7 +57,7 @@ class RecordId:
     def digest(self) -> str:
         """Hex digest of `text`; what logs, errors and fixed-length columns show."""
         if not self._digest:
-            self._digest = blake2b(self.text.encode(), digest_size=24).hexdigest()
+            self._digest = digest_of(self.text)
         return self._digest
 
     @classmethod
@@ -79,6 +79,11 @@ class RecordId:
 
     def __repr__(self) -> str:
         return f"RecordId({self.digest})"
+
+
+def digest_of(text: str) -> str:
+    """The digest of the record id with this text."""
+    return blake2b(text.encode(), digest_size=24).hexdigest()
 
 
 class Row(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 from idempotent import events
 from idempotent._record import ATTEMPT_BYTES, RecordId, Settled
 from idempotent._signals import TaskWaiter, ThreadWaiter
-from idempotent.backends.base import Backend
+from idempotent.backends.base import Backend, Finder
 from idempotent.errors import BackendUnavailable, CallError, LeaseLost
 from idempotent.events import EventName, Hook
 from idempotent.serializers import Codec
@@ -68,11 +68,13 @@ class Plan:
         "backend",
         "codec",
         "error_ttl",
+        "find",
         "flights",
         "hooks",
         "keep_result",
         "lease",
         "namespace",
+        "prefix",
         "probe",
         "run_on_outage",
         "serializer",
@@ -101,9 +103,13 @@ class Plan:
         serializer: Any = None,
     ) -> None:
         self.backend = backend
+        self.find: Finder | None = None
+        """How to look at settled records in this process's own memory; None: there are none."""
         self.flights = flights
         self.codec = codec
         self.namespace = namespace
+        self.prefix = RecordId(namespace, "").text
+        """What the text of a call's record id begins with, before the key."""
         self.ttl = ttl
         self.lease = lease
         self.wait = wait
@@ -121,6 +127,19 @@ class Plan:
     def keep(self) -> float | None:
         """How long a running record is kept past its lease: for ever where a dead run has to be settled."""
         return self.ttl if self.takeover else None
+
+    def count(self, name: EventName) -> None:
+        """Count an event."""
+        with _counting:
+            self.stats[name] = self.stats.get(name, 0) + 1
+
+    def tell(
+        self, name: EventName, digest: str, token: int | None, age: float | None, error: BaseException | None = None
+    ) -> None:
+        """Tell the hooks of an event."""
+        kind = None if error is None else type(error).__name__
+        event = events.Event(name, self.namespace, digest, self.backend.name, token, age, kind)
+        events.dispatch(self.hooks, event)
 
 
 class Run:
@@ -191,13 +210,9 @@ class Run:
     ) -> None:
         """Count the event and tell the hooks."""
         plan = self.plan
-        with _counting:
-            plan.stats[name] = plan.stats.get(name, 0) + 1
+        plan.count(name)
         if events.wanted(plan.hooks, name):
-            token = self.token if token is None else token
-            kind = None if error is None else type(error).__name__
-            event = events.Event(name, plan.namespace, self.rid.digest, plan.backend.name, token, age, kind)
-            events.dispatch(plan.hooks, event)
+            plan.tell(name, self.rid.digest, self.token if token is None else token, age, error)
 
 
 class Call:

@@ -241,7 +241,7 @@ async def begin(driver: Driver, step: Step) -> Replay | None:
     if isinstance(reply, Mismatched):
         same = reply.stored[:_HALF] == step.fingerprint[:_HALF]
         raise StepMismatch(parent.rid.digest, step=step.name, place=step.place, same_name=same)
-    return flow._replay(run, reply)
+    return flow.replay(run, reply)
 
 
 async def _epoch(driver: Driver, parent: Run, codec: Codec) -> int:

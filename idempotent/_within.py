@@ -89,7 +89,7 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         run.report("taken_over" if reply.took_over else "claimed")
         return None
     if isinstance(reply, Settled):
-        return flow._replay(run, reply)
+        return flow.replay(run, reply)
     if isinstance(reply, Mismatched):
         run.report("mismatched", age=reply.age)
         raise FingerprintMismatch(rid.digest, age=reply.age, stored=reply.stored.hex(), given=run.fingerprint.hex())

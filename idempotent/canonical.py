@@ -35,7 +35,7 @@ _MAX_DEPTH = 200
 # ---------------------------------------------------------------------------------------------------------- digests
 
 
-def encode(value: object, where: str = "argument") -> bytes:
+def encode(value: Any, where: str = "argument") -> bytes:
     """`value` as canonical bytes: equal bytes exactly for values equal in type and content.
 
     Args:
@@ -46,7 +46,10 @@ def encode(value: object, where: str = "argument") -> bytes:
     Raises:
         UnstableKey: some part of it has no stable form (NaN among it: it equals nothing).
     """
+    kind = type(value)
     try:
+        if kind is str or (kind is int and -(2**53) < value < 2**53) or kind is bool or value is None:
+            return orjson.dumps(value)  # there is nothing to walk through
         return orjson.dumps(_canonical(value, where, 0))
     except (TypeError, ValueError, RecursionError) as error:  # orjson's own: a lone surrogate
         raise UnstableKey(f"{where} cannot be made a key of: {error}; {_WAYS_OUT}") from None

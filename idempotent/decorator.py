@@ -9,7 +9,7 @@ from idempotent import _config as config
 from idempotent import _flow as flow
 from idempotent._config import DEFAULT, Default, Duration
 from idempotent._drive import SYNC, drive, finish
-from idempotent._flow import Replay
+from idempotent._flow import Replay, at_hand
 from idempotent._record import Record, RecordId
 from idempotent._run import Plan, Run, Running, flights_of
 from idempotent._types import (
@@ -268,18 +268,17 @@ class _Spec:
                 stats=self.stats,
                 serializer=options.get("serializer") or settings.serializer,
             )
+            if self.within is None:
+                plan.find = backend.finder()
             made = self._made = (settings, plan)
         return made[1]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
-        """The question that this call asks. Raises CallError for a call without a usable key, and TypeError for
-        arguments that do not fit the function.
-        """
-        named, fingerprint = self.binder.identify(args, kwargs, key)
-        bind, plan = self.binder.bind, self.plan()
+    def run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], key: str, fingerprint: bytes) -> Run:
+        """The question that this call asks."""
+        bind = self.binder.bind
         if self.within is not None:
             plan = self.flows.plan_on(plan, bind(args, kwargs)[self.within], is_async=self.is_async)
-        return Run(plan, RecordId(self.namespace, named), fingerprint, lambda: bind(args, kwargs))
+        return Run(plan, RecordId(self.namespace, key), fingerprint, lambda: bind(args, kwargs))
 
     def question(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
         """As `run`, for those who only look: after `with_key` the arguments may be left out, but for the session."""
@@ -290,7 +289,8 @@ class _Spec:
             if given.keys() == {self.within}:
                 plan = self.flows.plan_on(self.plan(), given[self.within], is_async=self.is_async)
                 return Run(plan, RecordId(self.namespace, key), b"", dict)
-        return self.run(args, kwargs, key)
+        named, fingerprint = self.binder.identify(args, kwargs, key)
+        return self.run(self.plan(), args, kwargs, named, fingerprint)
 
 
 def _check_within(within: Any, options: dict[str, Any]) -> None:
@@ -337,29 +337,36 @@ def _namespace(function: Any, given: str | None) -> str:
     return given
 
 
-Pick = Callable[[Run, Replay], Any]
+Pick = Callable[[str, Replay], Any]
+"""What a call returns, from its key and its answer; None: the value alone."""
 
 
-def _value(_run: Run, replay: Replay) -> Any:
-    return replay.value
-
-
-def _outcome(run: Run, replay: Replay) -> Outcome[Any]:
+def _outcome(key: str, replay: Replay) -> Outcome[Any]:
     return Outcome(
         value=replay.value,
         replayed=replay.replayed,
         stored=replay.stored,
-        key=run.rid.key,
+        key=key,
         token=replay.token,
         age=replay.age,
     )
 
 
-def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
-    function, flow = spec.function, spec.flows
+def _sync_call(spec: _Spec, key: str | None, pick: Pick | None) -> Callable[..., Any]:
+    function, flow, identify = spec.function, spec.flows, spec.binder.identifier(key)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        run = spec.run(args, kwargs, key)
+        named, fingerprint = identify(args, kwargs)
+        plan = spec.plan()
+        if plan.find is not None:
+            text = plan.prefix + named
+            found = plan.find(text, fingerprint)
+            if found is not None:
+                replay = at_hand(plan, text, found)
+                if replay.error is not None:
+                    raise replay.error
+                return replay.value if pick is None else pick(named, replay)
+        run = spec.run(plan, args, kwargs, named, fingerprint)
         value: Any = _UNSET
         try:
             replay = drive(flow.begin(SYNC, run))
@@ -379,7 +386,7 @@ def _sync_call(spec: _Spec, key: str | None, pick: Pick) -> Callable[..., Any]:
             raise
         if replay.error is not None:
             raise replay.error
-        return pick(run, replay)
+        return replay.value if pick is None else pick(named, replay)
 
     return call
 
@@ -392,14 +399,24 @@ def _refuse(unrun: Any) -> None:
     )
 
 
-def _async_call(spec: _Spec, key: str | None, pick: Pick, driver: Any = None) -> Callable[..., Any]:
+def _async_call(spec: _Spec, key: str | None, pick: Pick | None, driver: Any = None) -> Callable[..., Any]:
     from idempotent import _aio
 
-    function, flow = spec.function, spec.flows
+    function, flow, identify = spec.function, spec.flows, spec.binder.identifier(key)
     driver = driver or _aio.ASYNC  # tests bring one whose time is their own
 
     async def call(*args: Any, **kwargs: Any) -> Any:
-        run = spec.run(args, kwargs, key)
+        named, fingerprint = identify(args, kwargs)
+        plan = spec.plan()
+        if plan.find is not None:
+            text = plan.prefix + named
+            found = plan.find(text, fingerprint)
+            if found is not None:
+                replay = at_hand(plan, text, found)
+                if replay.error is not None:
+                    raise replay.error
+                return replay.value if pick is None else pick(named, replay)
+        run = spec.run(plan, args, kwargs, named, fingerprint)
         value: Any = None
         try:
             replay = await flow.begin(driver, run)
@@ -417,7 +434,7 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick, driver: Any = None) ->
             replay = await _aio.finish(functools.partial(flow.settle, driver, run, value))
         if replay.error is not None:
             raise replay.error
-        return pick(run, replay)
+        return replay.value if pick is None else pick(named, replay)
 
     return call
 
@@ -426,7 +443,7 @@ def _build(spec: _Spec, key: str | None) -> Any:
     """The decorated function, with its methods; `key` is the one that `with_key` gave."""
     make = _async_call if spec.is_async else _sync_call
     # A function like any other: frameworks inspect its signature, its kind and its name.
-    wrapper: Any = functools.wraps(spec.function)(make(spec, key, _value))
+    wrapper: Any = functools.wraps(spec.function)(make(spec, key, None))
     wrapper.__wrapped__ = spec.function
     wrapper.__idempotent__ = wrapper
     wrapper.__idempotent_spec__ = spec, key

@@ -10,22 +10,28 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime
 from datetime import time as day_time
 from decimal import Decimal
 from enum import Enum
 from hashlib import blake2b
+from operator import itemgetter
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 from unicodedata import category
 from uuid import UUID
 
-from idempotent import canonical
+import orjson
+
 from idempotent._record import FINGERPRINT_BYTES
-from idempotent.errors import InvalidKey, KeyRequired, UnstableKey
+from idempotent.canonical import encode
+from idempotent.errors import CallError, InvalidKey, KeyRequired, UnstableKey
 
 __all__ = ["Binder", "check_key", "new_key"]
+
+Identify = Callable[[tuple[Any, ...], dict[str, Any]], tuple[str, bytes]]
+"""Key and fingerprint of a call with these arguments."""
 
 MAX_KEY = 1024
 """Characters; a longer key is refused and never cut."""
@@ -46,6 +52,8 @@ def check_key(key: object) -> str:
         KeyRequired: it is None or empty.
         InvalidKey: it is not text, longer than 1,024 characters, or holds control characters.
     """
+    if type(key) is str and 0 < len(key) <= MAX_KEY and key.isascii() and key.isprintable():
+        return key  # as most are
     if key is None or key == "":
         raise KeyRequired("the key is missing or empty; every call needs one, such as an order's id or new_key()")
     if not isinstance(key, str):
@@ -97,34 +105,34 @@ class Binder:
         first = next(iter(parameters), None)
         self._receiver = frozenset([first]) if first in ("self", "cls") else frozenset[str]()
         """The instance or class of a method: where a key is given, part of neither key nor fingerprint."""
-        self._left_out = frozenset(ignore) if key is None else frozenset(ignore) | self._receiver
-        kinds = {parameter.kind for parameter in parameters.values()}
-        self._plain = tuple(parameters) if kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD} else None
-        self._defaults = {
-            name: parameter.default
-            for name, parameter in parameters.items()
-            if parameter.default is not inspect.Parameter.empty
-        }
+        left_out = frozenset(ignore) if key is None else frozenset(ignore) | self._receiver
+        self._digested = _Digested(parameters, left_out)
+        self._digested_by_caller = _Digested(parameters, left_out | self._receiver)
+        """The same where the caller gives the key."""
+        self._names = tuple(parameters)
+        self._collect = _generated(self._signature, _tuple(self._names), {})
+        self._compile()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by parameter, defaults applied. Raises TypeError for a call that does not fit."""
+        return dict(zip(self._names, self._values(args, kwargs), strict=True))
+
+    def _values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments in the order of the parameters, as `bind` has them."""
         if self._args or self._kwargs:
             args, kwargs = self._args + args, {**self._kwargs, **kwargs}
-        names = self._plain
-        if names is not None and len(args) <= len(names):
-            # Most calls: parameters that take positions and names alike, which needs no inspect.
-            bound = dict(zip(names, args, strict=False))
-            if kwargs.keys().isdisjoint(bound):
-                given = {**self._defaults, **bound, **kwargs}
-                if len(given) == len(names) and all(name in given for name in names):
-                    return {name: given[name] for name in names}
+        try:
+            return cast("tuple[Any, ...]", self._collect(*args, **kwargs))
+        except TypeError:
+            pass
+        # It does not fit; inspect says why in words that name no helper of ours.
         arguments = self._signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        bound = dict(arguments.arguments)
-        if len(bound) < len(self._signature.parameters):  # Python 3.13.0 misses this one
-            missing = next(name for name in self._signature.parameters if name not in bound)
+        bound = arguments.arguments
+        if len(bound) < len(self._names):  # Python 3.13.0 misses this one
+            missing = next(name for name in self._names if name not in bound)
             raise TypeError(f"missing a required argument: {missing!r}")
-        return bound
+        return tuple(bound.values())
 
     def identify(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> tuple[str, bytes]:
         """Key and fingerprint of a call; `key` is one the caller gave, and is taken as it is.
@@ -133,22 +141,96 @@ class Binder:
             TypeError: the arguments do not fit the function.
             KeyRequired, UnstableKey, InvalidKey: they make no key.
         """
-        bound = self.bind(args, kwargs)
+        values = self._values(args, kwargs)
+        fingerprint = self._fingerprint
         digest = b""
-        if self._fingerprint is True or (key is None and self._key is None):
-            digest = _digest(bound, self._left_out if key is None else self._left_out | self._receiver)
+        if fingerprint is True or (key is None and self._key is None):
+            digest = (self._digested if key is None else self._digested_by_caller).of(values)
         if key is None:
             if self._template is not None:
-                key = check_key(self._template.render(bound))
+                key = check_key(self._template.render(values))
             elif callable(self._key):
                 key = check_key(self._key(*args, **kwargs))
             else:
                 key = digest.hex()
-        if self._fingerprint is True:
+        if fingerprint is True:
             return key, digest[:FINGERPRINT_BYTES]
-        if self._fingerprint is False:
+        if fingerprint is False:
             return key, b""
-        return key, _own_fingerprint(self._fingerprint(*args, **kwargs))
+        return key, _own_fingerprint(fingerprint(*args, **kwargs))
+
+    def identifier(self, key: str | None) -> Identify:
+        """`identify` for calls with this key, at less cost where neither key nor fingerprint is the user's own code."""
+        compiled = self._identify if key is None else self._print
+        if compiled is None or self._args or self._kwargs:
+            return lambda args, kwargs: self.identify(args, kwargs, key)
+
+        def identify(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bytes]:
+            try:
+                found = compiled(*args, **kwargs)
+                return found if key is None else (key, found)
+            except (TypeError, CallError):
+                pass
+            return self.identify(args, kwargs, key)  # it says why
+
+        return identify
+
+    def _compile(self) -> None:
+        """Make `identify` of the parameters' own: an expression, and one for where the caller gives the key."""
+        self._identify: Callable[..., Any] | None = None
+        self._print: Callable[..., Any] | None = None
+        if callable(self._fingerprint):
+            return
+        mark = "_"  # a parameter would hide a helper of its name
+        while any(name.startswith(mark) for name in self._names):
+            mark += "_"
+        helpers: dict[str, Any] = {"blake2b": blake2b, "check": check_key, "dumps": orjson.dumps, "encode": encode}
+        helpers |= {"render": getattr(self._template, "render", None), "int": int, "str": str, "type": type}
+        helpers = {mark + name: helper for name, helper in helpers.items()}
+        cut = f"[:{FINGERPRINT_BYTES}]"
+        self._print = _generated(
+            self._signature, self._digested_by_caller.expression(mark) + cut if self._fingerprint else "b''", helpers
+        )
+        digest = self._digested.expression(mark)
+        if self._template is not None:
+            named = f"{mark}check({mark}render({_tuple(self._names)}))"
+            result = f"{named}, {digest}{cut}" if self._fingerprint else f"{named}, b''"
+        elif self._key is None:
+            printed = f"{mark}digest{cut}" if self._fingerprint else "b''"
+            result = f"({mark}digest := {digest}).hex(), {printed}"
+        else:
+            return
+        self._identify = _generated(self._signature, result, helpers)
+
+
+def _tuple(names: Iterable[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
+
+
+def _generated(signature: inspect.Signature, result: str, helpers: dict[str, Any]) -> Callable[..., Any]:
+    """A function with the parameters of `signature` that returns the expression `result`, which is made of their names and
+    those of the helpers. The interpreter binds, as no code of ours can as fast. A call that does not fit is a TypeError.
+    """
+    given = [parameter for parameter in signature.parameters.values() if parameter.default is not parameter.empty]
+    bare = [
+        parameter.replace(
+            annotation=parameter.empty, default=parameter.empty if parameter.default is parameter.empty else None
+        )
+        for parameter in signature.parameters.values()
+    ]
+    made: dict[str, Any] = {}
+    try:
+        exec(f"def bound{inspect.Signature(bare)}: return {result}", dict(helpers), made)  # noqa: S102  names alone are the user's
+    except SyntaxError:  # a signature made by hand, which no `def` could have
+        return _nothing_fits
+    bound: Any = made["bound"]
+    bound.__defaults__ = tuple(p.default for p in given if p.kind is not p.KEYWORD_ONLY)
+    bound.__kwdefaults__ = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
+    return cast("Callable[..., Any]", bound)
+
+
+def _nothing_fits(*_args: Any, **_kwargs: Any) -> Any:
+    raise TypeError
 
 
 _PLACEHOLDER = getattr(functools, "Placeholder", object())
@@ -171,20 +253,36 @@ def _unbound(function: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             return function, args, kwargs
 
 
-def _digest(bound: dict[str, Any], left_out: frozenset[str]) -> bytes:
-    parts: list[bytes] = []
-    for name, value in bound.items():
-        if name not in left_out:
-            if name in ("self", "cls") and not parts:
-                parts.append(_instance(name, value))
-            else:
-                parts.append(canonical.encode(value, f"the argument {name!r}"))
-    return blake2b(b"\x00".join(parts), digest_size=24).digest()
+class _Digested:
+    """The parameters whose values make the digest of a call."""
+
+    def __init__(self, parameters: Iterable[str], left_out: frozenset[str]) -> None:
+        kept = [(place, name) for place, name in enumerate(parameters) if name not in left_out]
+        self._kept = [(place, f"the argument {name!r}") for place, name in kept]
+        self._names = [name for _, name in kept]
+        self._instance = kept[0][1] if kept and kept[0][1] in ("self", "cls") else None
+
+    def of(self, values: tuple[Any, ...]) -> bytes:
+        """The digest of a call with these values. Raises UnstableKey for one that has no stable form."""
+        try:
+            parts = [encode(values[place], where) for place, where in self._kept]
+        except UnstableKey:
+            if self._instance is not None:
+                _check_instance(self._instance, values[self._kept[0][0]])
+            raise
+        return blake2b(b"\x00".join(parts), digest_size=24).digest()
+
+    def expression(self, mark: str) -> str:
+        """What `of` does, as an expression of the parameters' names and of helpers whose names begin with `mark`."""
+        plain = "{0}type({1}) is {0}str or ({0}type({1}) is {0}int and -(2**53) < {1} < 2**53)"
+        parts = [f"({mark}dumps({n}) if {plain.format(mark, n)} else {mark}encode({n}))" for n in self._names]
+        joined = """ + b'\\0' + """.join(parts) or "b''"
+        return f"{mark}blake2b({joined}, digest_size=24).digest()"
 
 
-def _instance(name: str, value: object) -> bytes:
+def _check_instance(name: str, value: object) -> None:
     try:
-        return canonical.encode(value, f"the argument {name!r}")
+        encode(value)
     except UnstableKey:
         raise UnstableKey(
             f"the argument {name!r} is a {type(value).__qualname__}, which has no stable canonical form; say what"
@@ -210,42 +308,38 @@ class _Template:
             parsed = list(Formatter().parse(text))
         except ValueError as error:
             raise ValueError(f"the key template {text!r} cannot be read: {error}") from None
-        self._parts: list[tuple[str, str | None, Callable[[dict[str, Any]], Any] | None]] = []
-        for literal, field, spec, conversion in parsed:
+        literals = [literal for literal, *_ in parsed]
+        self._special = frozenset("".join(literals)) - frozenset(_ALNUM) | {"\\"}
+        self._needs_escape = re.compile(f"[{re.escape(''.join(sorted(self._special)))}]").search
+        self._fields: list[tuple[str, str, Callable[[tuple[Any, ...]], Any]]] = []
+        """Of each field: the text before it, its name, and how to get its value."""
+        self._end = ""
+        for place, (literal, field, spec, conversion) in enumerate(parsed, 1):
+            self._end += literal
             if field is None:
-                self._parts.append((literal, None, None))
                 continue
             if spec or conversion:
                 raise ValueError(f"the key template {text!r} formats {{{field}}}, and fields are taken as they are")
-            self._parts.append((literal, field, _getter(text, field, parameters)))
-        literals = {character for literal, _, _ in self._parts for character in literal}
-        self._special = frozenset(literals - set(_ALNUM)) | {"\\"}
+            self._fields.append((self._end, field, _getter(text, field, parameters)))
+            self._end = "\\e" if place < len(parsed) and not self._ends(literals[place]) else ""
 
-    def render(self, bound: dict[str, Any]) -> str:
+    def render(self, values: tuple[Any, ...]) -> str:
         """The key of a call with these arguments."""
-        out: list[str] = []
-        for place, (literal, field, get) in enumerate(self._parts):
-            out.append(literal)
-            if get is None or field is None:
-                continue
+        key = ""
+        for before, field, get in self._fields:
             try:
-                value = get(bound)
+                value = get(values)
             except (AttributeError, LookupError, TypeError) as error:
                 raise KeyRequired(f"the key template's field {{{field}}} is not there: {error}") from None
-            out.append(self._escape(_render(value, field)))
-            following = self._parts[place + 1] if place + 1 < len(self._parts) else None
-            if following is not None and not self._ends(following[0]):
-                out.append("\\e")
-        return "".join(out)
+            part = value if type(value) is str else _render(value, field)
+            if self._needs_escape(part):
+                part = "".join("\\" + letter if letter in self._special else letter for letter in part)
+            key += before + part
+        return key + self._end
 
     def _ends(self, literal: str) -> bool:
         """Whether the text after a field tells where the field ended: its first character is escaped in values."""
         return bool(literal) and literal[0] in self._special and literal[0] != "\\"
-
-    def _escape(self, value: str) -> str:
-        if self._special.isdisjoint(value):
-            return value
-        return "".join("\\" + character if character in self._special else character for character in value)
 
 
 _ALNUM = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -254,7 +348,7 @@ _ALNUM = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _STEP = re.compile(r"\.([A-Za-z_]\w*)|\[([^\[\]]+)\]")
 
 
-def _getter(text: str, field: str, parameters: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
+def _getter(text: str, field: str, parameters: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Any]:
     """How to get a field's value from a call's arguments: a parameter, then attributes and items as in str.format."""
     name = re.split(r"[.\[]", field, maxsplit=1)[0]
     if name not in parameters:
@@ -266,11 +360,12 @@ def _getter(text: str, field: str, parameters: tuple[str, ...]) -> Callable[[dic
     if _STEP.sub("", path):
         raise ValueError(f"the key template {text!r} cannot be read at {{{field}}}: attributes are .name, items [name]")
     steps = [(attribute, int(item) if item.isdecimal() else item) for attribute, item in _STEP.findall(path)]
+    place = parameters.index(name)
     if not steps:
-        return lambda bound: bound[name]
+        return itemgetter(place)
 
-    def get(bound: dict[str, Any]) -> Any:
-        value = bound[name]
+    def get(values: tuple[Any, ...]) -> Any:
+        value = values[place]
         for attribute, item in steps:
             value = getattr(value, attribute) if attribute else value[item]
         return value

@@ -13,11 +13,13 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, Flag, IntEnum, StrEnum
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
 from typing import Any
 from uuid import UUID
 
+import orjson
 import pytest
 import time_machine
 from colours import Colour
@@ -25,6 +27,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from idempotent import LocalBackend, idempotent
+from idempotent.canonical import _canonical
 from idempotent.errors import CallError, FingerprintMismatch, InvalidKey, KeyRequired, UnstableKey
 from idempotent.keys import Binder, check_key, new_key
 
@@ -917,3 +920,186 @@ def test_keys_and_fingerprints_are_the_same_in_every_process() -> None:
     assert len({tuple(order) for order in orders}) > 1, "the sets were walked in one order, which proves nothing"
     assert calls[0] == calls[1] == calls[2]
     assert len({key for key, _ in calls[0]}) == 4
+
+
+# ------------------------------------------------------------------------------ keys that are in records by now
+
+
+def pay(order: Any, amount: Any = 5, *items: Any, currency: Any = "EUR", **more: Any) -> None: ...
+
+
+class Till:
+    def pay(self, order: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "key", "args", "kwargs", "given", "named", "printed"),
+    [
+        (charge, None, ("o-1",), {}, None, "1673f698ee1d69fe6bc2105c2bcae50fe80efd62f5a2755a", None),
+        (charge, None, ("o-1", 5), {"currency": "EUR"}, None, "1673f698ee1d69fe6bc2105c2bcae50fe80efd62f5a2755a", None),
+        (charge, None, (2**53, -1), {"currency": None}, None, "01660242c3da3d22e4c246c772c675e7bc97b30ce591c6d7", None),
+        (
+            charge,
+            None,
+            (1.5, True),
+            {"currency": Decimal("1.0")},
+            None,
+            "14761c3387ea235a4129ffdcad1ab83c01153b0a380681bf",
+            None,
+        ),
+        (
+            charge,
+            "pay:{order}/{currency}",
+            ("a:b\\é",),
+            {},
+            None,
+            "pay:a\\:b\\\\é/EUR",
+            "2decb84c9ac94c986b544beb5787a2c4",
+        ),
+        (charge, "{order}{amount}", ("x", 7), {}, None, "x\\e7", "548704fd149d5b81dcd992ab1f56a661"),
+        (charge, "{{{order}}}x{currency}", ("é{",), {}, None, "{é\\{}xEUR", "39098f16c91961e58028801b3c133cb9"),
+        (
+            pay,
+            None,
+            ("o", 1, 2, [3]),
+            {"z": {"a": 1}},
+            None,
+            "b4af3f23358511d20603cfd82084e4cb4a2bd50573f90f8c",
+            None,
+        ),
+        (
+            pay,
+            "k{items[0]}-{more[z]}",
+            ("o", 1, "q"),
+            {"z": UUID(int=7)},
+            None,
+            "kq-00000000\\-0000\\-0000\\-0000\\-000000000007",
+            "28cca271d4b574ebfdd0543a1d8b2f5d",
+        ),
+        (
+            Till.pay,
+            "{order}",
+            (Till(), date(2024, 5, 6)),
+            {},
+            None,
+            "2024-05-06",
+            "114ca957183d4d818f11bd3fdf2a3501",
+        ),
+        (charge, None, ("o",), {}, "mine", "mine", "78a1e9ee40ce3d7dd413e9279ed5cd86"),
+        (charge, "t{order}", ("o",), {}, "mine", "mine", "78a1e9ee40ce3d7dd413e9279ed5cd86"),
+    ],
+)
+def test_keys_and_fingerprints_are_those_that_records_were_made_under(
+    function: Function,
+    key: str | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    given: str | None,
+    named: str,
+    printed: str | None,
+) -> None:
+    bound = binder(function, key)
+    expected = named, bytes.fromhex(printed or named[:32])
+    assert bound.identify(args, kwargs, given) == expected
+    assert bound.identifier(given)(args, kwargs) == expected
+
+
+# ------------------------------------------------------------------------------------ the compiled binder
+
+KINDS = inspect.Parameter
+NAMES = ["order", "type", "str", "int", "blake2b", "_encode", "__dumps", "bound", "self", "cls", "key", "render", "é"]
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([2**53, -(2**53), 2**53 - 1, True, None, 1.5, float("nan"), "\ud800", "a:b\\", b"x", object()]),
+    st.lists(st.integers(), max_size=2),
+)
+
+
+@st.composite
+def signatures(draw: st.DrawFn) -> inspect.Signature:
+    names = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=5))
+    kinds = sorted(
+        draw(
+            st.lists(
+                st.sampled_from(list(type(KINDS.POSITIONAL_ONLY))), min_size=len(names), max_size=len(names)
+            ).filter(lambda kinds: kinds.count(KINDS.VAR_POSITIONAL) < 2 and kinds.count(KINDS.VAR_KEYWORD) < 2)
+        )
+    )
+    parameters: list[inspect.Parameter] = []
+    defaulted = False
+    for name, kind in zip(names, kinds, strict=True):
+        default: Any = inspect.Parameter.empty
+        if kind not in (KINDS.VAR_POSITIONAL, KINDS.VAR_KEYWORD):
+            must = defaulted and kind is not KINDS.KEYWORD_ONLY
+            if must or draw(st.booleans()):
+                default, defaulted = draw(VALUES), True
+        parameters.append(inspect.Parameter(name, kind, default=default))
+    return inspect.Signature(parameters)
+
+
+def answer(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except (TypeError, CallError) as error:
+        assert error.__cause__ is None
+        assert error.__context__ is None or error.__suppress_context__
+        return type(error), str(error)
+
+
+@settings(max_examples=300)
+@given(
+    signatures(),
+    st.lists(VALUES, max_size=5),
+    st.dictionaries(st.sampled_from([*NAMES, "other"]), VALUES, max_size=4),
+    st.data(),
+)
+def test_the_compiled_binder_does_what_inspect_and_the_digest_of_each_argument_do(
+    signature: inspect.Signature, args: list[Any], kwargs: dict[str, Any], data: st.DataObject
+) -> None:
+    def function(*args: Any, **kwargs: Any) -> None: ...
+
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    names = list(signature.parameters)
+    scalars = [
+        name for name in names if signature.parameters[name].kind not in (KINDS.VAR_POSITIONAL, KINDS.VAR_KEYWORD)
+    ]
+    fields = data.draw(st.lists(st.sampled_from(scalars), max_size=2) if scalars else st.just([]))
+    template = ":".join(["k", *(f"{{{name}}}" for name in fields)]) if fields else None
+    ignore = tuple(data.draw(st.lists(st.sampled_from(names), max_size=2, unique=True)) if names else ())
+    printing, given_key = data.draw(st.booleans()), data.draw(st.sampled_from([None, "mine"]))
+    bound = binder(function, template, printing, ignore)
+
+    def by_inspect() -> dict[str, Any]:
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        return dict(arguments.arguments)
+
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if KINDS.VAR_KEYWORD in kinds.values():  # see the next test
+        assume(not any(kinds.get(name) is KINDS.POSITIONAL_ONLY for name in kwargs))
+    expected = answer(by_inspect)
+    found = answer(lambda: bound.bind(tuple(args), kwargs))
+    if not isinstance(expected, dict) or not isinstance(found, dict):
+        assert found == expected
+    else:
+        assert list(found) == list(expected)
+        assert all(found[name] is expected[name] or found[name] == expected[name] for name in found)
+    general = answer(lambda: bound.identify(tuple(args), kwargs, given_key))
+    assert answer(lambda: bound.identifier(given_key)(tuple(args), kwargs)) == general
+    if isinstance(expected, dict) and isinstance(general[0], str) and printing:
+        left_out = (
+            {*ignore, *([names[0]] if names[0] in ("self", "cls") and (template or given_key) else [])}
+            if names
+            else {*ignore}
+        )
+        parts = [orjson.dumps(_canonical(value, "", 0)) for name, value in expected.items() if name not in left_out]
+        assert general[1] == blake2b(b"\0".join(parts), digest_size=24).digest()[:16]
+
+
+def test_a_name_that_only_a_position_takes_may_come_again_among_the_others_as_python_has_it() -> None:
+    def function(order: Any, /, **more: Any) -> None: ...
+
+    bound = binder(function)
+    assert bound.bind((1,), {"order": 2}) == {"order": 1, "more": {"order": 2}}
+    assert key_of(bound, 1, order=2) == bound.identifier(None)((1,), {"order": 2})[0] != key_of(bound, 1)

@@ -9,7 +9,7 @@ from differential import Commands, disagreement
 from probes import Counter, Gate
 
 from idempotent import InProgress, LocalBackend, Lock
-from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, Unknown
+from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, Unknown
 
 A, B = b"attemptA", b"attemptB"
 SECOND = 1_000_000
@@ -73,6 +73,45 @@ def test_the_store_answers_and_keeps_what_the_machine_does(colour: Colour, clock
     with Commands(backend, colour) as commands:
         wrong = disagreement(commands, Memory(backend, clock), RecordId("n", "k"), seed, steps=1000, clock_moves=True)
     assert wrong == ""
+
+
+F, G = b"f" * 16, b"g" * 16
+
+
+@pytest.mark.parametrize("stored", [b"", F, G])
+@pytest.mark.parametrize("asked", [b"", F, G])
+@pytest.mark.parametrize(
+    "state", ["absent", "running", "completed", "failed", "unknown", "released", "forgotten", "expired"]
+)
+def test_a_look_finds_exactly_what_a_claim_is_answered_from(
+    colour: Colour, clock: Clock, state: str, stored: bytes, asked: bytes
+) -> None:
+    rid, backend = RecordId("n", "k"), LocalBackend(clock=clock)
+    find = backend.finder()
+    with Commands(backend, colour) as commands:
+        if state != "absent":
+            token = claim(commands, rid, fingerprint=stored).token
+            own: dict[str, Any] = {"attempt": A, "token": token}
+            if state in ("released", "unknown"):
+                commands.release(rid, **own, unknown=state == "unknown")
+            elif state != "running":
+                settle = commands.fail if state == "failed" else commands.complete
+                settle(rid, **own, codec="json1", body=b"[1]", ttl=60.0)
+            if state == "forgotten":
+                commands.forget(rid)
+            clock.pass_by(60.0 if state == "expired" else 7.0)
+        found = find(rid.text, asked)
+        reply = claim(commands, rid, B, fingerprint=asked, takeover=False)
+    assert (found is not None) == isinstance(reply, Settled)
+    if found is not None:
+        row, now = found
+        assert (row.state is State.FAILED, row.token, row.codec, row.body) == (
+            reply.failed,
+            reply.token,
+            reply.codec,
+            reply.body,
+        )
+        assert (now - row.since) / 1e6 == pytest.approx(reply.age, abs=1e-4)
 
 
 def test_the_given_clock_alone_ends_a_lease_and_a_retention(colour: Colour, clock: Clock) -> None:

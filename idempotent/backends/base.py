@@ -12,9 +12,9 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
-from idempotent._record import Answer, Claim, Record, RecordId, StateName
+from idempotent._record import Answer, Claim, Record, RecordId, Row, StateName
 
-__all__ = ["Backend", "micros", "poll"]
+__all__ = ["Backend", "Finder", "micros", "poll"]
 
 
 def micros(seconds: float) -> int:
@@ -35,6 +35,9 @@ async def poll(holds: Callable[[], Awaitable[bool]], sleep: Callable[[float], Aw
             return
         await sleep(min(left, pause * (0.5 + random())))
         pause = min(pause * 1.5, 0.25)
+
+
+Finder = Callable[[str, bytes], tuple[Row, int] | None]
 
 
 class Backend(ABC):
@@ -66,6 +69,14 @@ class Backend(ABC):
     def within(self, seconds: float) -> "Backend":
         """This view with commands that take at most `seconds`, for leases shorter than `timeout`; self where none waits."""
         return self
+
+    def finder(self) -> Finder | None:
+        """How to look at settled records without waiting for anything; None: there is no way.
+
+        For stores in this process's memory. The look is given the text of a record's id and a fingerprint, and returns
+        the row and the backend's time in microseconds where `claim` would reply Settled; None where it would not.
+        """
+        return None
 
     @abstractmethod
     async def claim(

@@ -26,7 +26,7 @@ from idempotent._record import (
     describe,
 )
 from idempotent._signals import Signals, TaskWaiter, ThreadWaiter
-from idempotent.backends.base import Backend, micros
+from idempotent.backends.base import Backend, Finder, micros
 
 __all__ = ["LocalBackend"]
 
@@ -59,7 +59,22 @@ class _Store:
 
     def find(self, key: str) -> Row | None:
         row = self.open.get(key)
-        return self.settled.get(key) if row is None else row
+        if row is None:
+            try:
+                return self.settled[key]  # its `get` looks three times
+            except KeyError:
+                return None
+        return row
+
+    def look(self, key: str, fingerprint: bytes) -> tuple[Row, int] | None:
+        """As `finder` of the contract says."""
+        with self.lock:
+            try:
+                row = self.settled[key]
+            except KeyError:
+                return None
+        stored = row.fingerprint
+        return None if stored != fingerprint and stored and fingerprint else (row, self.clock())
 
     def put(self, key: str, row: Row | None) -> None:
         if row is None:
@@ -119,6 +134,9 @@ class LocalBackend(Backend):
             twin._store, twin._waiter, twin._twin = self._store, TaskWaiter, self
             self._twin = twin
         return self._twin
+
+    def finder(self) -> Finder:
+        return self._store.look
 
     async def claim(
         self,

@@ -493,8 +493,8 @@ class _Staged(_Spec):
     def plan(self) -> Plan:
         return self.staged
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run:
-        run = super().run(args, kwargs, key)
+    def run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], key: str, fingerprint: bytes) -> Run:
+        run = super().run(plan, args, kwargs, key, fingerprint)
         run.attempt = b"caller%2d" % self.caller.number  # a storm played again is the same
         self.caller.run = run
         return run
@@ -632,6 +632,7 @@ class Stage:
         staged.function = functools.partial(self._body, caller)
         plan = staged.staged = copy.copy(target.base)
         plan.backend, plan.flights, plan.stats = _Gate(self.store, self.time), Flights(), self.stats
+        plan.find = None  # the callers are processes of their own
         args, kwargs = self._call
         call = _async_call(staged, target.key, _outcome, _Driver(self.time))
         caller.coroutine = call(*target.own, *args, **kwargs)
