@@ -36,6 +36,7 @@ class Settings:
 
     backend: Backend | str | None = field(default=None, repr=False)  # a URL may hold a password
     ttl: float = 86_400.0
+    remember: float | None = None
     lease: float = 30.0
     wait: float | None = 30.0
     error_ttl: Mapping[type[Exception], Duration] | None = None
@@ -53,6 +54,7 @@ def configure(
     *,
     backend: Backend | str | None | Default = DEFAULT,
     ttl: Duration | Default = DEFAULT,
+    remember: Duration | None | Default = DEFAULT,
     lease: Duration | Default = DEFAULT,
     wait: Duration | None | Default = DEFAULT,
     error_ttl: Mapping[type[Exception], Duration] | None | Default = DEFAULT,
@@ -69,6 +71,7 @@ def configure(
     Args:
         backend: a Backend or its URL; None: `IDEMPOTENT_URL` in the environment, else a process-local backend.
         ttl: seconds or timedelta; how long an outcome is replayed.
+        remember: seconds or timedelta past the ttl for which a key is remembered; None: not at all.
         lease: seconds or timedelta; how long a claim stands unrenewed.
         wait: seconds or timedelta a duplicate waits; 0: not at all; None: without limit.
         error_ttl: errors to record and replay, and for how long.
@@ -86,6 +89,7 @@ def configure(
         for name, value in (
             ("backend", backend),
             ("ttl", ttl),
+            ("remember", remember),
             ("lease", lease),
             ("wait", wait),
             ("error_ttl", error_ttl),
@@ -115,6 +119,8 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
             result[name] = seconds(name, result[name])
     if result.get("wait") is not None:
         result["wait"] = seconds("wait", result["wait"], zero=True)
+    if result.get("remember") is not None:
+        result["remember"] = seconds("remember", result["remember"])
     if result.get("error_ttl") is not None:
         result["error_ttl"] = _error_ttl(result["error_ttl"])
     backend = result.get("backend")

@@ -5,6 +5,7 @@ suspending, the async one on the event loop, a test's scheduler as it pleases. N
 function runs: the wrapper awaits `begin`, calls the function in its own frame, then awaits `settle` or `abandon`.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ from idempotent._record import (
     STEPS,
     Answer,
     Claim,
+    Expired,
     Granted,
     Mismatched,
     Record,
@@ -220,6 +222,8 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
         run.claiming = False
         if isinstance(reply, Settled):
             return reply
+        if isinstance(reply, Expired):
+            raise _too_late(run, reply)
         if isinstance(reply, Mismatched):
             run.report("mismatched", age=reply.age)
             raise FingerprintMismatch(rid.digest, age=reply.age, stored=reply.stored.hex(), given=run.fingerprint.hex())
@@ -245,6 +249,14 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
         except BackendError as error:  # the next claim tells whether the backend is out
             run.report("backend_error", error=error)
             await driver.sleep(min(patience, 0.05))
+
+
+def _too_late(run: Run, found: Expired) -> ResultUnavailable:
+    error = ResultUnavailable(
+        run.rid.digest, reason=f"it expired {found.age:.1f} s ago, and only the key is remembered since"
+    )
+    run.report("replayed", token=found.token, age=found.age, error=error)
+    return error
 
 
 async def _still_ours(driver: Driver, run: Run) -> bool:
@@ -305,12 +317,18 @@ async def _settle_dead(run: Run, over: int, codec: str, body: bytes, *, failed: 
     )
     if not isinstance(reply, Granted):
         return None
-    step = backend.fail if failed else backend.complete
+    step = backend.fail if failed else _completion(run.plan)
     answer = await step(run.rid, attempt=attempt, token=reply.token, codec=codec, body=body, ttl=ttl)
     if answer is not Answer.DONE:
         return None
     run.report("failed" if failed else "completed", token=reply.token)
     return Settled(failed, reply.token, 0.0, codec, body)
+
+
+def _completion(plan: Plan) -> Callable[..., Awaitable[Answer]]:
+    """How results are recorded."""
+    complete = plan.backend.complete
+    return functools.partial(complete, remember=plan.remember) if plan.remember else complete
 
 
 async def settle(driver: Driver, run: Run, value: Any, ttl: float | None = None) -> Replay:
@@ -342,7 +360,7 @@ async def settle(driver: Driver, run: Run, value: Any, ttl: float | None = None)
 async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tuple[Settled, bool]:
     """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over."""
     plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
-    command = backend.fail if settled.failed else backend.complete
+    command = backend.fail if settled.failed else _completion(plan)
     refused = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
     recorded = settled
     gone = doubted = False

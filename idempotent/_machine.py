@@ -1,6 +1,6 @@
-"""Who owns a key: the theory, the table, and the pure functions that apply it.
+"""Who owns a key: the theory, the tables, and the pure functions that apply them.
 
-**Owning.** A record is absent, running, completed, failed or unknown. Exactly one attempt owns a running record:
+**Owning.** A record is absent, running, completed, failed, unknown or expired. Exactly one attempt owns a running record:
 the one whose attempt id and fencing token stand in it. Every change is a compare-and-set on both, made atomically by
 the backend, so an owner that was overtaken can change nothing, however late its command arrives.
 
@@ -17,34 +17,16 @@ the next claim takes over (`takeover`) or marks the record unknown (not `takeove
 effect happened. After the outcome: the record is settled and is replayed. A frozen owner that wakes up to an unknown
 record may still renew or complete it, as nobody took over.
 
+**Remembering.** A result is kept for its ttl. Past it the record is absent, unless its key is to be remembered: then
+it is expired. It says that the call was done and by which arguments, and nobody may run it: who comes late is told so,
+instead of doing it all again. A recorded error is not remembered: past its time the call is to be tried again.
+
 **Tokens.** `max(previous + 1, backend time in microseconds)`: larger than every token before, also when the record
 and its previous token are gone.
 
-The claim, row by row (an earlier line wins):
-
-    found                                        reply                   the record afterwards
-    -------------------------------------------  ----------------------  -----------------------
-    absent, or past its retention                Granted(token)          running
-    withdrawn, same attempt                      Busy(0)                 as it was
-    withdrawn, another attempt                   Granted(token)          running
-    another fingerprint, in any state            Mismatched              as it was
-    running, same attempt                        Granted(same token)     as it was
-    running, lease alive                         Busy(lease left)        as it was
-    running, lease over, takeover                Granted(higher token)   running
-    running, lease over, over == its token       Granted(higher token)   running
-    running, lease over, otherwise               Unknown                 unknown
-    unknown, over == its token                   Granted(higher token)   running
-    unknown, otherwise                           Unknown                 as it was
-    completed, failed                            Settled                 as it was
-
-The owner's commands; `own` means that attempt and token are those in the record:
-
-    command             running, own     unknown, own     settled, own    another's   absent
-    ------------------  ---------------  ---------------  --------------  ----------  -----------------
-    renew               DONE, renewed    DONE, running    STALE           STALE       GONE
-    complete, fail      DONE, settled    DONE, settled    DONE, as it is  STALE       GONE
-    release             DONE, withdrawn  DONE, withdrawn  STALE           STALE       GONE
-    release(unknown)    DONE, unknown    DONE, as is      STALE           STALE       GONE
+**The tables.** `CLAIM`, `OWNER` and `FORGET` decide what a command is answered and what the record is afterwards,
+`RETENTION_ENDS` in `_record` what time makes of it. The functions say which line applies, and make the rows. README's
+diagram is drawn from the tables by `diagram()`.
 
 What a release or a forget leaves is a tombstone, the withdrawn record, for longer than a command can be in flight.
 It keeps the token: a claim that read the clock before the release and is applied after it is granted a higher one all
@@ -53,23 +35,30 @@ and says DONE again, and its claim cannot be applied once more; a forget, which 
 likewise and says again what it found. To everybody else it is an absent record.
 
 A release whose token is None takes back a claim that was never confirmed: it knows itself by its attempt alone and
-leaves a tombstone even where it finds nothing, so that the claim cannot be applied after it: DONE. A record has one
+leaves a tombstone even where it finds nothing, so that the claim cannot be applied after it. A record has one
 tombstone, of the last claim withdrawn: should an earlier one arrive after it, its lease runs out like a dead runner's.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from idempotent._record import (
+    RETENTION_ENDS,
     Answer,
     Busy,
     Claim,
+    Expired,
     Granted,
     Mismatched,
     Row,
     Settled,
     State,
     Unknown,
+    standing,
 )
+
+_R, _C, _F = State.RUNNING, State.COMPLETED, State.FAILED
+_U, _E, _W = State.UNKNOWN, State.EXPIRED, State.WITHDRAWN
 
 TOMBSTONE = 10_000_000
 """How long a withdrawn record is remembered, in microseconds: longer than a command can be in flight."""
@@ -91,116 +80,57 @@ class Ask(NamedTuple):
     """What the running record says of its runner."""
 
 
-def on_claim(row: Row | None, ask: Ask, now: int) -> tuple[Claim, Row | None]:
-    """The reply to `ask` and the row to store instead of `row` (None: leave it as it is)."""
-    if row is None or (row.expires is not None and row.expires <= now):
-        return _grant(row, ask, now, took_over=False)
-    if row.state is State.WITHDRAWN:
-        if row.attempt == ask.attempt:
-            return Busy(row.token, 0.0), None
-        return _grant(row, ask, now, took_over=False)
-    age = max(0, now - row.since) / 1e6
-    if ask.fingerprint and row.fingerprint and ask.fingerprint != row.fingerprint:
-        return Mismatched(age, row.fingerprint), None
-    if row.state is State.RUNNING:
-        if row.attempt == ask.attempt:
-            return Granted(row.token), None
-        left = row.lease_until - now
-        if left > row.lease:
-            return Busy(row.token, row.lease / 1e6), _leased(row, row.lease, now)
-        if left > 0:
-            return Busy(row.token, left / 1e6), None
-        if ask.takeover or ask.over == row.token:
-            return _grant(row, ask, now, took_over=True)
-        return Unknown(row.token, 0.0), _unknown(row, now)
-    if row.state is State.UNKNOWN:
-        if ask.over == row.token:
-            return _grant(row, ask, now, took_over=True)
-        return Unknown(row.token, age), None
-    failed = row.state is State.FAILED
-    return Settled(failed, row.token, age, row.codec, row.body), None
+# ------------------------------------------------------------------------------------- what a claim is answered
 
 
-def on_renew(row: Row | None, attempt: bytes, token: int, lease: int, now: int) -> tuple[Answer, Row | None]:
-    """The answer to a renewal and the row to store (None: leave it)."""
-    answer = _owner(row, attempt, token, now)
-    if row is None or answer is not Answer.DONE:
-        return answer, None
-    if row.state is State.UNKNOWN:
-        row = row._replace(state=State.RUNNING, since=now)
-    elif row.state is not State.RUNNING:
-        return Answer.STALE, None
-    return Answer.DONE, _leased(row, lease, now)
+def _token(row: Row | None, now: int) -> int:
+    return now if row is None else max(row.token + 1, now)
 
 
-def on_settle(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> tuple[Answer, Row | None]:
-    """The answer to a completion or failure whose row would be `settled`, and the row to store (None: leave it).
-
-    The fingerprint stays the one that the claim brought.
-    """
-    answer = _owner(row, attempt, token, now)
-    if row is None or answer is not Answer.DONE:
-        return answer, None
-    if row.state in (State.COMPLETED, State.FAILED):
-        return Answer.DONE, None
-    return Answer.DONE, settled._replace(fingerprint=row.fingerprint)
+def _granted(row: Row | None, _ask: Ask, now: int) -> Claim:
+    return Granted(_token(row, now))
 
 
-def on_release(
-    row: Row | None, attempt: bytes, token: int | None, now: int, *, unknown: bool = False
-) -> tuple[Answer, Row | None]:
-    """The answer to a release, and the row to store (None: leave it)."""
-    answer = _owner(row, attempt, token, now)
-    if row is None or answer is not Answer.DONE:
-        known = row is not None and row.state is State.WITHDRAWN and row.attempt == attempt and now < (row.expires or 0)
-        if answer is Answer.GONE and token is None:
-            return Answer.DONE, None if known else _withdrawn(row, attempt, now)
-        return Answer.DONE if known and row is not None and token == row.token else answer, None
-    if row.state in (State.COMPLETED, State.FAILED):
-        return Answer.STALE, None
-    if unknown:
-        return Answer.DONE, _unknown(row, now) if row.state is State.RUNNING else None
-    return Answer.DONE, _withdrawn(row, attempt, now)
+def _taken_over(row: Row | None, _ask: Ask, now: int) -> Claim:
+    return Granted(_token(row, now), took_over=True)
 
 
-def on_forget(row: Row | None, attempt: bytes, now: int, *, force: bool) -> tuple[Row | None, Row | None]:
-    """The record that a forget with its own id `attempt` finds, and the row to store (None: leave it)."""
-    if row is None or (row.expires is not None and row.expires <= now):
-        return None, None
-    if row.state is State.WITHDRAWN:
-        if row.attempt != attempt or not row.lease:
-            return None, None
-        return row._replace(state=State(chr(row.lease)), lease=0, lease_until=now), None
-    if row.state is State.RUNNING and not force:
-        return row, None
-    return row, _withdrawn(row, attempt, now)._replace(lease=ord(row.state.value))
+def _granted_again(row: Row, _ask: Ask, _now: int) -> Claim:
+    return Granted(row.token)
 
 
-def _withdrawn(row: Row | None, attempt: bytes, now: int) -> Row:
-    token, fingerprint = (0, b"") if row is None else (row.token, row.fingerprint)
-    return Row(State.WITHDRAWN, token, attempt, fingerprint, now, expires=now + TOMBSTONE)
+def _busy(row: Row, _ask: Ask, now: int) -> Claim:
+    return Busy(row.token, max(0, min(row.lease_until - now, row.lease)) / 1e6)
 
 
-def _owner(row: Row | None, attempt: bytes, token: int | None, now: int) -> Answer:
-    if row is None or (row.expires is not None and row.expires <= now):
-        return Answer.GONE
-    if row.state is State.WITHDRAWN:
-        overtaken = token is not None and row.token > token
-        return Answer.STALE if overtaken else Answer.GONE
-    if row.attempt == attempt and token in (None, row.token):
-        return Answer.DONE
-    return Answer.STALE
+def _mismatched(row: Row, _ask: Ask, now: int) -> Claim:
+    return Mismatched(max(0, now - row.since) / 1e6, row.fingerprint)
 
 
-def _grant(row: Row | None, ask: Ask, now: int, *, took_over: bool) -> tuple[Claim, Row]:
-    token = now if row is None else max(row.token + 1, now)
+def _in_doubt(row: Row, _ask: Ask, now: int) -> Claim:
+    return Unknown(row.token, max(0, now - row.since) / 1e6 if row.state is State.UNKNOWN else 0.0)
+
+
+def _settled(row: Row, _ask: Ask, now: int) -> Claim:
+    return Settled(row.state is State.FAILED, row.token, max(0, now - row.since) / 1e6, row.codec, row.body)
+
+
+def _expired(row: Row, _ask: Ask, now: int) -> Claim:
+    return Expired(row.token, max(0, now - row.since) / 1e6)
+
+
+# -------------------------------------------------------------------------------------- what a claim leaves behind
+
+
+def _runs(row: Row | None, ask: Ask, now: int) -> Row:
+    until = now + ask.lease
+    expires = None if ask.keep is None else until + ask.keep
+    return Row(_R, _token(row, now), ask.attempt, ask.fingerprint, now, ask.lease, until, expires, "", ask.owner)
+
+
+def _runs_after(row: Row, ask: Ask, now: int) -> Row:
     # An operator who settles a dead run knows its key alone: the arguments' digest stays.
-    fingerprint = ask.fingerprint or (row.fingerprint if row is not None and took_over else b"")
-    granted = Row(State.RUNNING, token, ask.attempt, fingerprint, now, body=ask.owner)
-    if ask.keep is not None:
-        granted = granted._replace(expires=now + ask.lease + ask.keep)
-    granted = _leased(granted, ask.lease, now)
-    return Granted(token, took_over), granted
+    return _runs(row, ask if ask.fingerprint else ask._replace(fingerprint=row.fingerprint), now)
 
 
 def _leased(row: Row, lease: int, now: int) -> Row:
@@ -212,5 +142,270 @@ def _leased(row: Row, lease: int, now: int) -> Row:
     return row._replace(lease=lease, lease_until=until, expires=expires)
 
 
-def _unknown(row: Row, now: int) -> Row:
+def _leased_at_most(row: Row, _ask: Ask, now: int) -> Row:
+    return _leased(row, row.lease, now)
+
+
+def _unknown(row: Row, _ask: object, now: int) -> Row:
     return row._replace(state=State.UNKNOWN, since=now, lease=0, lease_until=0, expires=None)
+
+
+def _cut(row: Row, _ask: Ask, _now: int) -> Row:
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+class Line(NamedTuple):
+    """One line of the table of claims."""
+
+    found: tuple[State | None, ...]
+    """The record that the claim finds, as it stands by then; None: none."""
+    reply: Callable[..., Claim]
+    then: State | None = None
+    """What the record is afterwards; None: what it was."""
+    store: Callable[..., Row] | None = None
+    """Makes the row that is stored; None: none is."""
+
+
+CLAIM: dict[str, Line] = {
+    # what the claim finds             the record there    reply           afterwards
+    "nothing":                    Line((None,),            _granted,       _R, _runs),
+    "withdrawn by the same":      Line((_W,),              _busy),
+    "withdrawn by another":       Line((_W,),              _granted,       _R, _runs),
+    "other arguments":            Line((_R, _U, _C, _F, _E), _mismatched),
+    "its own run":                Line((_R,),              _granted_again),
+    "the clock stepped back":     Line((_R,),              _busy,          _R, _leased_at_most),
+    "lease alive":                Line((_R,),              _busy),
+    "lease over, takeover":       Line((_R,),              _taken_over,    _R, _runs_after),
+    "lease over, over its token": Line((_R,),              _taken_over,    _R, _runs_after),
+    "lease over":                 Line((_R,),              _in_doubt,      _U, _unknown),
+    "in doubt, over its token":   Line((_U,),              _taken_over,    _R, _runs_after),
+    "in doubt":                   Line((_U,),              _in_doubt),
+    "an outcome":                 Line((_C, _F),           _settled),
+    "its ttl over, remembered":   Line((_E,),              _expired,       None, _cut),
+}  # fmt: skip
+"""The claim. An earlier line wins; `over its token`: the claim names the token that the record has."""
+
+_STALE, _GONE = (Answer.STALE, None), (Answer.GONE, None)
+
+OWNER: dict[str, dict[str, tuple[Answer, State | None]]] = {
+    # The command, and what it finds: its sender's own record, which is running, in doubt or settled; its sender's
+    # tombstone; another's record, or tombstone with a higher token; none, by who knows its token and who does not.
+    "renew": {
+        "running":     (Answer.DONE, _R),
+        "in doubt":    (Answer.DONE, _R),
+        "settled":     _STALE,
+        "withdrawn":   _GONE,
+        "another's":   _STALE,
+        "none":        _GONE,
+    },
+    "complete": {
+        "running":     (Answer.DONE, _C),
+        "in doubt":    (Answer.DONE, _C),
+        "settled":     (Answer.DONE, None),
+        "withdrawn":   _GONE,
+        "another's":   _STALE,
+        "none":        _GONE,
+    },
+    "fail": {
+        "running":     (Answer.DONE, _F),
+        "in doubt":    (Answer.DONE, _F),
+        "settled":     (Answer.DONE, None),
+        "withdrawn":   _GONE,
+        "another's":   _STALE,
+        "none":        _GONE,
+    },
+    "release": {
+        "running":     (Answer.DONE, _W),
+        "in doubt":    (Answer.DONE, _W),
+        "settled":     _STALE,
+        "withdrawn":   (Answer.DONE, None),
+        "another's":   _STALE,
+        "none":        _GONE,
+        "unconfirmed": (Answer.DONE, _W),
+    },
+    "release to unknown": {
+        "running":     (Answer.DONE, _U),
+        "in doubt":    (Answer.DONE, None),
+        "settled":     _STALE,
+        "withdrawn":   (Answer.DONE, None),
+        "another's":   _STALE,
+        "none":        _GONE,
+        "unconfirmed": (Answer.DONE, _W),
+    },
+}  # fmt: skip
+"""The owner's commands: the answer, and what the record is afterwards; None: what it was."""
+
+FORGET: dict[str, tuple[bool, State | None]] = {
+    "none":              (False, None),
+    "withdrawn":         (False, None),
+    "forgotten by this": (True, None),
+    "running":           (True, None),
+    "running, by force": (True, _W),
+    "in doubt":          (True, _W),
+    "settled":           (True, _W),
+}  # fmt: skip
+"""What a forget finds: whether that is told, and what the record is afterwards; None: what it was."""
+
+
+# ------------------------------------------------------------------------------------- which line of a table applies
+
+
+def _found(found: Row | None, ask: Ask, now: int) -> str:
+    """The line of CLAIM; `found`: the record as it stands."""
+    if found is None:
+        return "nothing"
+    state = found.state
+    if state is _W:
+        return "withdrawn by the same" if found.attempt == ask.attempt else "withdrawn by another"
+    if ask.fingerprint and found.fingerprint and ask.fingerprint != found.fingerprint:
+        return "other arguments"
+    if state is _C or state is _F:
+        return "an outcome"
+    if state is _R:
+        if found.attempt == ask.attempt:
+            return "its own run"
+        left = found.lease_until - now
+        if left > found.lease:
+            return "the clock stepped back"
+        if left > 0:
+            return "lease alive"
+        if ask.takeover:
+            return "lease over, takeover"
+        return "lease over, over its token" if ask.over == found.token else "lease over"
+    if state is _U:
+        return "in doubt, over its token" if ask.over == found.token else "in doubt"
+    return "its ttl over, remembered"
+
+
+def _whose(row: Row | None, attempt: bytes, token: int | None, now: int) -> str:
+    """The line of OWNER."""
+    found = standing(row, now)
+    if found is None:
+        return "none" if token is not None else "unconfirmed"
+    mine = found.attempt == attempt and token in (None, found.token)
+    if found.state is _W:
+        if mine:
+            return "withdrawn"
+        if token is None:
+            return "unconfirmed"
+        return "another's" if found.token > token else "none"
+    if not mine:
+        return "another's"
+    return "running" if found.state is _R else _LINE.get(found.state, "settled")
+
+
+_LINE = {_R: "running", _U: "in doubt"}
+
+
+# ------------------------------------------------------------------------------------------------- the rules applied
+
+
+def on_claim(row: Row | None, ask: Ask, now: int) -> tuple[Claim, Row | None]:
+    """The reply to `ask` and the row to store instead of `row` (None: leave it as it is)."""
+    found = standing(row, now)
+    line = CLAIM[_found(found, ask, now)]
+    at = row if found is None else found  # what has been dropped in all but name still has its token
+    stored = None if line.store is None else line.store(at, ask, now)
+    return line.reply(at, ask, now), None if stored is row else stored
+
+
+def on_renew(row: Row | None, attempt: bytes, token: int, lease: int, now: int) -> tuple[Answer, Row | None]:
+    """The answer to a renewal and the row to store (None: leave it)."""
+    answer, then = OWNER["renew"][_whose(row, attempt, token, now)]
+    if row is None or then is None:
+        return answer, None
+    if row.state is not then:
+        row = row._replace(state=then, since=now)
+    return answer, _leased(row, lease, now)
+
+
+def on_settle(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> tuple[Answer, Row | None]:
+    """The answer to a completion or failure whose row would be `settled`, and the row to store (None: leave it).
+
+    The fingerprint stays the one that the claim brought. A `lease` of a completed row says how long past `expires` the
+    key is remembered.
+    """
+    command = "fail" if settled.state is _F else "complete"
+    answer, then = OWNER[command][_whose(row, attempt, token, now)]
+    if row is None or then is None:
+        return answer, None
+    return answer, settled._replace(state=then, fingerprint=row.fingerprint)
+
+
+def on_release(
+    row: Row | None, attempt: bytes, token: int | None, now: int, *, unknown: bool = False
+) -> tuple[Answer, Row | None]:
+    """The answer to a release, and the row to store (None: leave it)."""
+    command = "release to unknown" if unknown else "release"
+    answer, then = OWNER[command][_whose(row, attempt, token, now)]
+    if then is None:
+        return answer, None
+    if row is None or then is _W:
+        return answer, _withdrawn(row, attempt, now)
+    return answer, _unknown(row, None, now)
+
+
+def on_forget(row: Row | None, attempt: bytes, now: int, *, force: bool) -> tuple[Row | None, Row | None]:
+    """The record that a forget with its own id `attempt` finds, and the row to store (None: leave it)."""
+    found = standing(row, now)
+    if found is None:
+        line = "none"
+    elif found.state is _W:
+        line = "forgotten by this" if found.attempt == attempt and found.lease else "withdrawn"
+    else:
+        line = _LINE.get(found.state, "settled") + (", by force" if force and found.state is _R else "")
+    told, then = FORGET[line]
+    if found is None or not told:
+        return None, None
+    if found.state is _W:
+        return found._replace(state=State(chr(found.lease)), lease=0, lease_until=now), None
+    return found, None if then is None else _withdrawn(found, attempt, now)._replace(lease=ord(found.state.value))
+
+
+def _withdrawn(row: Row | None, attempt: bytes, now: int) -> Row:
+    token, fingerprint = (0, b"") if row is None else (row.token, row.fingerprint)
+    return Row(_W, token, attempt, fingerprint, now, expires=now + TOMBSTONE)
+
+
+# ------------------------------------------------------------------------------------------------------- the diagram
+
+
+def diagram() -> str:
+    """The tables as a Mermaid state diagram: what changes a record, and into what."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for (one, other), why in _changes():
+        said = arrows.setdefault((_name(one), _name(other)), [])
+        if why not in said:
+            said.append(why)
+    lines = [f"    {one} --> {other}: {', '.join(why)}" for (one, other), why in arrows.items()]
+    return "\n".join(["stateDiagram-v2", "    [*] --> absent", *lines])
+
+
+def _changes() -> Iterator[tuple[tuple[State | None, State | None], str]]:
+    """From what to what, None: absent, and why."""
+    own = {"running": (_R,), "in doubt": (_U,), "settled": (_C, _F, _E), "unconfirmed": (None,)}
+    for what, line in CLAIM.items():
+        for state in line.found:
+            if line.then is not None:
+                yield (state, line.then), f"claim ({what})"
+    for command, finds in OWNER.items():
+        for what, (_, then) in finds.items():
+            for state in own.get(what, ()):
+                if then is not None:
+                    yield (state, then), command if what != "unconfirmed" else f"{command} ({what})"
+    for what, (_, then) in FORGET.items():
+        for state in own.get(what.removesuffix(", by force"), ()):
+            if then is not None:
+                yield (state, then), "forget" + (" (by force)" if what.endswith("by force") else "")
+    for state, then in RETENTION_ENDS.items():
+        if state is not _U:  # which is kept until somebody settles it
+            if then is not None:
+                yield (state, then), "time (remembered)"
+            yield (state, None), "time"
+
+
+def _name(state: State | None) -> str:
+    return "absent" if state is None else state.name.lower()

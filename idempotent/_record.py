@@ -23,7 +23,7 @@ FINGERPRINT_BYTES = 16
 OWNER_BYTES = 200
 """At most."""
 
-StateName = Literal["running", "completed", "failed", "unknown"]
+StateName = Literal["running", "completed", "failed", "unknown", "expired"]
 
 
 class State(Enum):
@@ -33,8 +33,14 @@ class State(Enum):
     COMPLETED = "C"
     FAILED = "F"
     UNKNOWN = "U"
+    EXPIRED = "E"
+    """What is left of a completed record past its ttl where the key is remembered: that it was done, and for what."""
     WITHDRAWN = "W"
     """A short tombstone: the record was released or forgotten, or its claim taken back."""
+
+
+SETTLED = (State.COMPLETED, State.FAILED, State.EXPIRED)
+"""The states that nothing but a forget, and time, ends."""
 
 
 class RecordId:
@@ -98,11 +104,12 @@ class Row(NamedTuple):
     since: int
     """When the record reached this state."""
     lease: int = 0
-    """Running only; in the tombstone of a forgotten record the code of its state's letter."""
+    """Running: the lease's length. Completed: how long past `expires` the key is remembered; 0: not at all. In the
+    tombstone of a forgotten record the code of its state's letter."""
     lease_until: int = 0
     """Running only: when the lease ends unless it is renewed."""
     expires: int | None = None
-    """When the row counts as absent; None: it stays until someone settles it."""
+    """When the row counts as absent, or a completed one as expired; None: it stays until someone settles it."""
     codec: str = ""
     body: bytes = b""
     """The outcome; until there is one, what the claim said of its owner."""
@@ -135,6 +142,14 @@ class Settled(NamedTuple):
     body: bytes
 
 
+class Expired(NamedTuple):
+    """It was done; its result was kept for its ttl, and only the key is remembered."""
+
+    token: int
+    age: float
+    """Seconds since the result expired."""
+
+
 class Unknown(NamedTuple):
     """A runner died, and the policy is not to guess."""
 
@@ -150,7 +165,7 @@ class Mismatched(NamedTuple):
     stored: bytes
 
 
-Claim = Granted | Busy | Settled | Unknown | Mismatched
+Claim = Granted | Busy | Settled | Expired | Unknown | Mismatched
 
 
 class Answer(Enum):
@@ -180,7 +195,7 @@ class Record(NamedTuple):
     lease_left: float | None
     """Running only; 0.0 or less: the lease ran out."""
     expires_in: float | None
-    """Seconds until the record is dropped; None: it stays until it is settled."""
+    """Seconds until the record is dropped, or a completed one expires; None: it stays until it is settled."""
     codec: str
     size: int
     """Bytes of the stored outcome."""
@@ -188,11 +203,34 @@ class Record(NamedTuple):
     """What the claim said of who runs it; "": nothing, or it runs no more."""
 
 
+RETENTION_ENDS: dict[State, State | None] = {
+    State.RUNNING: None,
+    State.COMPLETED: State.EXPIRED,
+    State.FAILED: None,
+    State.UNKNOWN: None,
+    State.EXPIRED: None,
+    State.WITHDRAWN: None,
+}
+"""What a record is past its `expires`, if its key is remembered then, which the row's `lease` says; None: absent."""
+
+
+def standing(row: Row | None, now: int) -> Row | None:
+    """`row` as it counts at instant `now`, whatever its backend has done about it so far; None: as absent."""
+    if row is None or row.expires is None or row.expires > now:
+        return row
+    then = RETENTION_ENDS[row.state] if row.lease else None
+    if then is None or row.expires + row.lease <= now:
+        return None
+    return Row(then, row.token, row.attempt, row.fingerprint, row.expires, expires=row.expires + row.lease)
+
+
 def describe(rid: RecordId, row: Row, now: int) -> Record | None:
     """`row` as a Record at instant `now`; None for a tombstone or a row past its retention."""
-    if row.state is State.WITHDRAWN or (row.expires is not None and row.expires <= now):
+    stands = standing(row, now)
+    if stands is None or stands.state is State.WITHDRAWN:
         return None
-    settled = row.state in (State.COMPLETED, State.FAILED)
+    row = stands
+    settled = row.state in SETTLED
     return Record(
         state=_NAMES[row.state],
         namespace=rid.namespace,
@@ -214,6 +252,7 @@ _NAMES: dict[State, StateName] = {
     State.COMPLETED: "completed",
     State.FAILED: "failed",
     State.UNKNOWN: "unknown",
+    State.EXPIRED: "expired",
 }
 
 
@@ -227,18 +266,24 @@ _NAMES: dict[State, StateName] = {
 #                                      1 length of the owner, then it.
 #   completed, failed:           then  1 length of the codec, the codec, the body to the end.
 #                                The backend's own expiry is their `expires`.
-# A completed record costs 44 bytes and the codec's name over its body.
+#   completed, remembered:       magic 0xD2; 8 expires before the length of the codec. The backend's own expiry is
+#                                the end of the time that the key is remembered.
+#   expired:                     then nothing. The backend's own expiry is its `expires`.
+# A completed record costs 44 bytes and the codec's name over its body, 52 if its key is remembered, and 43 expired.
 
 MAGIC = 0xD1
+REMEMBERED = 0xD2
 _HEAD = struct.Struct(">BcQQ8sB")
 _TAIL = struct.Struct(">QQQB")
+_UNTIL = struct.Struct(">Q")
 
 
 def pack(row: Row) -> bytes:
-    """`row` as bytes. `expires` of a settled row is left to the backend's own expiry."""
+    """`row` as bytes. `expires` of a settled row, or the end of its key's remembrance, is left to the backend's own expiry."""
+    remembered = row.state is State.COMPLETED and row.lease
     head = (
         _HEAD.pack(
-            MAGIC,
+            REMEMBERED if remembered else MAGIC,
             row.state.value.encode(),
             row.token,
             row.since,
@@ -247,22 +292,38 @@ def pack(row: Row) -> bytes:
         )
         + row.fingerprint
     )
-    if row.state in (State.COMPLETED, State.FAILED):
+    if row.state is State.EXPIRED:
+        return head
+    if row.state in SETTLED:
         codec = row.codec.encode()
+        if remembered:
+            head += _UNTIL.pack(row.expires or 0)
         return b"%b%c%b%b" % (head, len(codec), codec, row.body)
     return head + _TAIL.pack(row.lease, row.lease_until, row.expires or 0, len(row.body)) + row.body
 
 
 def unpack(data: bytes) -> Row:
-    """The row that `data` is the envelope of. Raises BackendError for bytes that are none of ours."""
+    """The row that `data` is the envelope of. Raises BackendError for bytes that are none of ours.
+
+    A remembered row's `lease` is 1: how long it is remembered, only the backend's own expiry says.
+    """
     try:
         magic, letter, token, since, attempt, size = _HEAD.unpack_from(data)
         state = State(letter.decode())
-        if magic != MAGIC or size not in (0, FINGERPRINT_BYTES):
+        remembered = magic == REMEMBERED and state is State.COMPLETED
+        if (magic != MAGIC and not remembered) or size not in (0, FINGERPRINT_BYTES):
             raise ValueError
         at = _HEAD.size + size
         fingerprint = data[_HEAD.size : at]
-        if state in (State.COMPLETED, State.FAILED):
+        if state is State.EXPIRED:
+            if at != len(data):
+                raise ValueError
+            return Row(state, token, attempt, fingerprint, since)
+        if state in SETTLED:
+            expires = None
+            if remembered:
+                (expires,) = _UNTIL.unpack_from(data, at)
+                at += _UNTIL.size
             body = at + 1 + data[at]
             if body > len(data):
                 raise ValueError
@@ -272,6 +333,8 @@ def unpack(data: bytes) -> Row:
                 attempt,
                 fingerprint,
                 since,
+                lease=1 if remembered else 0,
+                expires=expires,
                 codec=data[at + 1 : body].decode(),
                 body=data[body:],
             )

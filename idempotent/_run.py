@@ -76,6 +76,7 @@ class Plan:
         "namespace",
         "prefix",
         "probe",
+        "remember",
         "run_on_outage",
         "serializer",
         "stats",
@@ -101,6 +102,7 @@ class Plan:
         hooks: tuple[Hook, ...],
         stats: dict[EventName, int],
         serializer: Any = None,
+        remember: float = 0.0,
     ) -> None:
         self.backend = backend
         self.find: Finder | None = None
@@ -120,6 +122,8 @@ class Plan:
         self.run_on_outage = run_on_outage
         self.hooks = hooks
         self.stats = stats
+        self.remember = remember
+        """How long past its ttl the key of a result is remembered; 0.0: not at all."""
         self.serializer = serializer
         """What results become bytes by, for those of steps; None: JSON."""
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 from idempotent import _flow as flow
 from idempotent import _machine as machine
 from idempotent._flow import Replay
-from idempotent._record import Answer, Busy, Granted, Mismatched, Settled, Unknown
+from idempotent._record import Answer, Busy, Expired, Granted, Mismatched, Settled, Unknown
 from idempotent._run import Driver, Flights, Plan, Run
 from idempotent.backends._caller import Blocked, CallersTransaction, subject_of
 from idempotent.backends.base import Backend, micros
@@ -90,6 +90,8 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         return None
     if isinstance(reply, Settled):
         return flow.replay(run, reply)
+    if isinstance(reply, Expired):
+        raise flow._too_late(run, reply)
     if isinstance(reply, Mismatched):
         run.report("mismatched", age=reply.age)
         raise FingerprintMismatch(rid.digest, age=reply.age, stored=reply.stored.hex(), given=run.fingerprint.hex())
@@ -133,12 +135,12 @@ async def _settle(run: Run, place: CallersTransaction, value: Any) -> Replay:
     if place.over:
         return Replay(value, replayed=False, stored=False, token=token, age=0.0)
     codec, body, result = flow._encode(run, value)
-    stands = place.stands
+    stands, complete = place.stands, flow._completion(plan)
     try:
-        answer = await place.complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
+        answer = await complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
     except BackendError:  # too large for the server
         codec, body = flow.UNAVAILABLE, b"the backend refused to store it"
-        answer = await place.complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
+        answer = await complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
     await place.keep()  # flushes what the function has left
     place.over = True
     stored = answer is Answer.DONE

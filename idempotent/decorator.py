@@ -49,6 +49,7 @@ def idempotent(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverl
     key: str | Callable[..., str | None] | None = None,
     namespace: str | None = None,
     ttl: Duration | Default = DEFAULT,
+    remember: Duration | None | Default = DEFAULT,
     lease: Duration | Default = DEFAULT,
     wait: Duration | None | Default = DEFAULT,
     fingerprint: bool | Callable[..., str | bytes] = True,
@@ -66,6 +67,7 @@ def idempotent(
     key: str | Callable[..., str | None] | None = None,
     namespace: str | None = None,
     ttl: Duration | Default = DEFAULT,
+    remember: Duration | None | Default = DEFAULT,
     lease: Duration | Default = DEFAULT,
     wait: Duration | None | Default = DEFAULT,
     fingerprint: bool | Callable[..., str | bytes] = True,
@@ -85,6 +87,7 @@ def idempotent(
     key: str | Callable[..., str | None] | None = None,
     namespace: str | None = None,
     ttl: Duration | Default = DEFAULT,
+    remember: Duration | None | Default = DEFAULT,
     lease: Duration | Default = DEFAULT,
     wait: Duration | None | Default = DEFAULT,
     fingerprint: bool | Callable[..., str | bytes] = True,
@@ -112,6 +115,9 @@ def idempotent(
         namespace: what the key is unique within. None: the function's `module.qualname`; give one before renaming it,
             and to each of several functions that one factory makes, as they share that name.
         ttl: seconds or timedelta for which an outcome is replayed, counted from the outcome. Default one day.
+        remember: seconds or timedelta for which the key of a result is remembered, counted from the end of its ttl. A
+            call that comes then raises ResultUnavailable, and does not run. Recorded errors are not remembered: past
+            their time the call runs again. None: past the ttl nothing is kept, and a late call runs. Default None.
         lease: seconds or timedelta for which a claim stands without being renewed; it is renewed every third of it
             while the function runs, and a dead runner's key is free again after it. Default 30.
         wait: seconds or timedelta a duplicate waits for the running call; 0: it raises InProgress at once; None: no
@@ -150,6 +156,7 @@ def idempotent(
         for name, value in (
             ("backend", backend),
             ("ttl", ttl),
+            ("remember", remember),
             ("lease", lease),
             ("wait", wait),
             ("error_ttl", error_ttl),
@@ -157,7 +164,7 @@ def idempotent(
             ("on_outage", on_outage),
             ("serializer", serializer),
         )
-        if value is not DEFAULT and (value is not None or name == "wait")
+        if value is not DEFAULT and (value is not None or name in ("wait", "remember"))
     }
     options = config.checked(given)
     if within is not None:
@@ -267,6 +274,7 @@ class _Spec:
                 hooks=settings.hooks,
                 stats=self.stats,
                 serializer=options.get("serializer") or settings.serializer,
+                remember=options.get("remember", settings.remember) or 0.0,
             )
             if self.within is None:
                 plan.find = backend.finder()
@@ -498,6 +506,9 @@ def _explain(run: Run, record: Record | None) -> Explanation:
         decision, reason = "would_run", "there is no record"
     elif run.fingerprint and record.fingerprint and run.fingerprint.hex() != record.fingerprint:
         decision, reason = "would_refuse", f"the {record.state} record was made for other arguments"
+    elif record.state == "expired":
+        decision = "would_refuse"
+        reason = f"its result expired {record.age:.1f} s ago, and only the key is remembered since"
     elif record.state in ("completed", "failed"):
         decision, reason = "would_replay", f"it {record.state} {record.age:.1f} s ago"
     elif record.state == "running" and (record.lease_left or 0.0) > 0:

@@ -11,11 +11,11 @@ from idempotent import Backend
 from idempotent import _machine as machine
 from idempotent._drive import drive
 from idempotent._machine import Ask
-from idempotent._record import Granted, Record, RecordId, Row, State, describe
+from idempotent._record import Granted, Record, RecordId, Row, State, describe, standing
 
 ATTEMPTS = [b"attemptA", b"attemptB", b"attemptC"]
 FINGERPRINTS = [b"f" * 16, b"f" * 16, b"g" * 16, b""]
-LEASE, KEEP, TTL = 60.0, 600.0, 1000.0
+LEASE, KEEP, TTL, REMEMBER = 60.0, 600.0, 1000.0, 1500.0
 SLACK = 0.5
 """Seconds by which the end of a retention may differ: Redis keeps milliseconds, and tells what is left of them."""
 
@@ -131,7 +131,8 @@ def _choose(dice: random.Random, row: Row | None, tokens: list[int]) -> tuple[st
         return name, {"attempt": attempt, "token": token, "lease": dice.choice([LEASE, 2 * LEASE])}
     if name in ("complete", "fail"):
         body = dice.choice([b"", b"\x00\xff'\\", b"{}" * 2000])
-        return name, {"attempt": attempt, "token": token, "codec": "json", "body": body, "ttl": TTL}
+        brings = {"attempt": attempt, "token": token, "codec": "json", "body": body, "ttl": TTL}
+        return name, brings | ({"remember": dice.choice([0.0, REMEMBER])} if name == "complete" else {})
     if name == "release":
         return name, {
             "attempt": attempt,
@@ -159,7 +160,8 @@ def _expected(row: Row | None, name: str, arguments: dict[str, Any], rid: Record
     if name in ("complete", "fail"):
         state = State.COMPLETED if name == "complete" else State.FAILED
         expires = now + _micros(arguments["ttl"])
-        settled = Row(state, token, attempt, b"", now, 0, 0, expires, arguments["codec"], arguments["body"])
+        past = _micros(arguments.get("remember", 0.0))
+        settled = Row(state, token, attempt, b"", now, past, 0, expires, arguments["codec"], arguments["body"])
         return machine.on_settle(row, attempt, token, settled, now)
     if name == "release":
         return machine.on_release(row, attempt, token, now, unknown=arguments["unknown"])
@@ -193,7 +195,7 @@ def _compare(
 
 
 def _over(row: Row, now: int) -> bool:
-    return row.expires is not None and row.expires <= now
+    return standing(row, now) is None
 
 
 def _between(value: Any, one: Any, other: Any, slack: float = 1e-6) -> bool:
@@ -202,6 +204,8 @@ def _between(value: Any, one: Any, other: Any, slack: float = 1e-6) -> bool:
         return False
     if isinstance(value, tuple):
         slacks = {"expires": SLACK * 1e6, "expires_in": SLACK}
+        if getattr(value, "state", None) is State.COMPLETED:  # how long it is remembered
+            slacks["lease"] = SLACK * 1e6
         names = value._fields  # type: ignore[attr-defined]
         return all(
             _between(*each, slacks.get(name, 1e-6)) for name, *each in zip(names, value, one, other, strict=True)

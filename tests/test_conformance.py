@@ -80,6 +80,8 @@ class Recorder:
         assert settled.expires is not None
         outcome = {"codec": settled.codec, "body": settled.body, "ttl": (settled.expires - now) / 1e6}
         name = "complete" if settled.state is State.COMPLETED else "fail"
+        if settled.lease:
+            outcome["remember"] = settled.lease / 1e6
         arguments = {"attempt": attempt, "token": token, **outcome}
         return self._note(name, arguments, machine.on_settle(row, attempt, token, settled, now), row, now)
 
@@ -139,6 +141,12 @@ async def cautious(caller: Caller) -> Any:
     return await call(caller, on_crash="raise", fingerprint=b"%d" % (caller.number // 2) * 16, wait=40.0)
 
 
+async def too_late(caller: Caller) -> Any:
+    """The second comes when the first one's result has expired, and the key is remembered."""
+    await caller.pause(50.0 * caller.number)
+    return await call(caller, ttl=10.0, remember=600.0)
+
+
 async def locking(caller: Caller) -> Any:
     return await hold(caller, wait=40.0, renewals=caller.number)
 
@@ -188,7 +196,7 @@ def meddled(seed: int) -> Schedule:
     return recorder.schedule
 
 
-SCENARIOS: list[Any] = [call, renewing, failing, cautious, locking]
+SCENARIOS: list[Any] = [call, renewing, failing, cautious, locking, too_late]
 TIMES = {
     "goes on": 1,
     "does it and dies": 1,
@@ -249,7 +257,7 @@ Lapse = Callable[[RecordId, int], None]
 
 def aged(row: Row, by: int) -> Row:
     expires = None if row.expires is None else row.expires - by
-    return row._replace(since=row.since - by, lease_until=row.lease_until - by, expires=expires)
+    return row._replace(since=row.since - by, lease_until=row.lease_until and row.lease_until - by, expires=expires)
 
 
 @contextlib.contextmanager

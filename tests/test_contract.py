@@ -14,7 +14,7 @@ from servers import Address, Server
 from third_party import FileBackend
 
 from idempotent import Backend, BackendError, LocalBackend, RedisBackend, open_backend
-from idempotent._record import Answer, Busy, Granted, RecordId, State, Unknown
+from idempotent._record import Answer, Busy, Expired, Granted, RecordId, Settled, State, Unknown
 from idempotent._signals import Signals
 from idempotent.testing import BackendContract, FaultyBackend
 from idempotent.testing.contract import Store
@@ -288,6 +288,33 @@ class PurgeDropsTheDead(Planted):
         return await super().purge(limit)
 
 
+class RemembersNothing(Planted):
+    async def complete(self, rid, **brings):
+        return await super().complete(rid, **{**brings, "remember": 0.0})
+
+
+class RemembersTheResultToo(Planted):
+    async def claim(self, rid, **brings):
+        row, reply = self._store.find(rid.text), await super().claim(rid, **brings)
+        return Settled(False, row.token, 0.0, row.codec, row.body) if isinstance(reply, Expired) else reply
+
+
+class RemembersErrors(Planted):
+    async def fail(self, rid, **brings):
+        answer = await super().fail(rid, **brings)
+        row = self._store.find(rid.text)
+        self.change(rid, expires=row and row.expires and row.expires + 60_000_000)
+        return answer
+
+
+class PurgeDropsWhatIsRemembered(Planted):
+    async def purge(self, limit=1000):
+        for text, row in [*self._store.settled.items()]:
+            if row.lease and row.expires <= self._store.clock():
+                self._store.settled.pop(text)
+        return await super().purge(limit)
+
+
 class KeysAreFolded(Planted):
     async def claim(self, rid, **brings):
         return await super().claim(RecordId(rid.namespace, rid.key.casefold(), rid.space), **brings)
@@ -324,6 +351,10 @@ CONVICTED = {
     ChangedLooksBeforeItSubscribes: "changed() hears of complete",
     ScanShowsLocks: "a scan of a namespace shows its calls, each once, no others",
     PurgeDropsTheDead: "a read after a purge, where the record is running with its lease over, is answered: Record(state=",
+    RemembersNothing: "the owner's claim, sent late, where the record is expired, is answered: Expired",
+    RemembersTheResultToo: "the owner's claim, sent late, where the record is expired, is answered: Expired",
+    RemembersErrors: "a read after two outcomes, where the record is failed, is answered: Record with expires_in",
+    PurgeDropsWhatIsRemembered: "a read after a purge, where the record is expired, is answered: Record(state='expired'",
     KeysAreFolded: "a first claim, where the record is absent, is answered: Granted",
     KeysAreCut: "a first claim, where the record is absent, is answered: Granted",
 }

@@ -10,7 +10,7 @@ import pytest
 
 from idempotent import _flow as flow
 from idempotent import _machine as machine
-from idempotent._record import Answer, Busy, Granted, Mismatched, RecordId, Row, State, Unknown
+from idempotent._record import Answer, Busy, Granted, Mismatched, RecordId, Row, Settled, State, Unknown, standing
 from idempotent.errors import BackendUnavailable
 from idempotent.testing import explore
 from idempotent.testing._world import Applied, Step, hand_over
@@ -72,6 +72,12 @@ async def of_two_minds(caller: Caller) -> Any:
     return await call(caller, fingerprint=b"ab"[caller.number > 0 :][:1] * 16)
 
 
+async def too_late(caller: Caller) -> Any:
+    """The last caller comes when the result has expired, and the key is remembered."""
+    await caller.pause(50.0 * (caller.number == 1))
+    return await call(caller, ttl=10.0, remember=60.0)
+
+
 async def renewed_hold(caller: Caller) -> Any:
     return await hold(caller, renewals=1)
 
@@ -80,7 +86,17 @@ async def hold_or_leave(caller: Caller) -> Any:
     return await hold(caller, wait=10)
 
 
-CALLS = [call, renewing, failing_once, failing_for_good, not_waiting, waiting_a_while, not_guessing, of_two_minds]
+CALLS = [
+    call,
+    renewing,
+    failing_once,
+    failing_for_good,
+    not_waiting,
+    waiting_a_while,
+    not_guessing,
+    of_two_minds,
+    too_late,
+]
 HOLDS = [hold, renewed_hold, hold_or_leave]
 
 
@@ -278,6 +294,23 @@ def renew_refuses_who_is_late(row: Row | None, attempt: bytes, token: int, lease
     return machine.on_renew(row, attempt, token, lease, now)
 
 
+def claim_frees_what_is_remembered(row: Row | None, ask: machine.Ask, now: int) -> Any:
+    if row is not None and row.state is State.COMPLETED and row.expires is not None and row.expires <= now:
+        row = None
+    return machine.on_claim(row, ask, now)
+
+
+def claim_tells_what_has_expired(row: Row | None, ask: machine.Ask, now: int) -> Any:
+    stands = standing(row, now)
+    if row is not None and stands is not None and stands.state is State.EXPIRED:
+        return Settled(False, row.token, 0.0, row.codec, row.body), None
+    return machine.on_claim(row, ask, now)
+
+
+def settle_remembers_nothing(row: Row | None, attempt: bytes, token: int, settled: Row, now: int) -> Any:
+    return machine.on_settle(row, attempt, token, settled._replace(lease=0), now)
+
+
 class Impatient(Model):
     """A waiter that deletes the owner's record when it has waited long enough."""
 
@@ -317,6 +350,9 @@ PLANTS: dict[str, tuple[Any, Any]] = {
     "an outcome forgotten before its ttl is over": (call, planted(on_settle=settle_forgets_soon)),
     "another result stored": (call, planted(on_settle=settle_stores_another_result)),
     "a renewal that does nothing": (renewing, planted(on_renew=renew_does_nothing)),
+    "a key that is free although it is remembered": (too_late, planted(on_claim=claim_frees_what_is_remembered)),
+    "a result told past its ttl": (too_late, planted(on_claim=claim_tells_what_has_expired)),
+    "a key that is not remembered": (too_late, planted(on_settle=settle_remembers_nothing)),
     "a renewal refused for being late": (renewing, planted(on_renew=renew_refuses_who_is_late)),
     "an error released after it was recorded": (
         error_released_after_it_was_recorded,

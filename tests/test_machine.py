@@ -1,14 +1,17 @@
 """The table in `_machine`, line by line: the reply and the row afterwards, and after a refusal the row as it was."""
 
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from idempotent import _machine as machine
 from idempotent._machine import TOMBSTONE, Ask, on_claim, on_forget, on_release, on_renew, on_settle
-from idempotent._record import Answer, Busy, Granted, Mismatched, Row, Settled, State, Unknown
+from idempotent._record import Answer, Busy, Expired, Granted, Mismatched, Row, Settled, State, Unknown, standing
 
 A, B, C = b"attemptA", b"attemptB", b"attemptC"
 ARGS, OTHER_ARGS = b"f" * 16, b"g" * 16
@@ -26,12 +29,15 @@ COMPLETED = Row(State.COMPLETED, TOKEN, A, ARGS, SINCE, expires=SINCE + TTL, cod
 FAILED = Row(State.FAILED, TOKEN, A, ARGS, SINCE, expires=SINCE + TTL, codec="error", body=b"[]")
 UNKNOWN = Row(State.UNKNOWN, TOKEN, A, ARGS, SINCE)
 WITHDRAWN = Row(State.WITHDRAWN, TOKEN, A, b"", SINCE, expires=SINCE + TOMBSTONE)
+REMEMBERED = COMPLETED._replace(lease=TTL)
+EXPIRED = Row(State.EXPIRED, TOKEN, A, ARGS, SINCE, expires=SINCE + TTL)
 
-RECORDS = [RUNNING, KEPT, COMPLETED, FAILED, UNKNOWN]
+RECORDS = [RUNNING, KEPT, COMPLETED, FAILED, UNKNOWN, REMEMBERED, EXPIRED]
 
 
 def by_state(row: Row | None) -> str:
-    return "absent" if row is None else row.state.name.lower() + ("-kept" if row is KEPT else "")
+    special = {id(KEPT): "-kept", id(REMEMBERED): "-remembered"}
+    return "absent" if row is None else row.state.name.lower() + special.get(id(row), "")
 
 
 def ask(
@@ -614,7 +620,7 @@ def test_a_withdrawal_sent_twice_never_lets_the_claim_through(found: Row | None,
     after = apply(after, on_release(after, A, None, now + 1)[1])
     reply, stored = on_claim(after, ask(A), now + 2)
     assert not isinstance(reply, Granted)
-    assert stored is None
+    assert stored is None or isinstance(reply, Expired)
 
 
 ATTEMPTS = st.sampled_from([A, B, C])
@@ -743,3 +749,91 @@ def test_what_is_left_of_a_lease_is_never_more_than_the_lease(lease: int, taken:
         assert reply == Granted(max(taken + 1, now), took_over=True)
     else:
         assert reply == Busy(taken, min(lease, taken + lease - now) / 1e6)
+
+
+# -------------------------------------------------------------------------------------------------- what is remembered
+
+PAST = SINCE + TTL
+
+
+def test_past_its_ttl_a_remembered_record_is_expired_and_its_body_is_dropped() -> None:
+    assert on_claim(REMEMBERED, ask(B), PAST - 1)[0] == Settled(False, TOKEN, (TTL - 1) / 1e6, "json", b"42")
+    reply, row = on_claim(REMEMBERED, ask(B), PAST + 2_000_000)
+    assert reply == Expired(TOKEN, 2.0)
+    assert row == Row(State.EXPIRED, TOKEN, A, ARGS, PAST, expires=PAST + TTL)
+    assert on_claim(row, ask(C), PAST + 3_000_000) == (Expired(TOKEN, 3.0), None)
+
+
+@pytest.mark.parametrize("takeover", [True, False])
+@pytest.mark.parametrize("attempt", [A, B])
+def test_nobody_may_run_what_is_remembered(attempt: bytes, takeover: bool) -> None:
+    for row in (REMEMBERED, standing(REMEMBERED, PAST)):
+        for now in (PAST, PAST + TTL - 1):
+            reply, _ = on_claim(row, ask(attempt, takeover=takeover, over=TOKEN), now)
+            assert reply == Expired(TOKEN, (now - PAST) / 1e6)
+        reply, after = on_claim(row, ask(attempt, takeover=takeover), PAST + TTL)
+        assert reply == Granted(PAST + TTL, took_over=False)
+        assert after == runs(attempt, PAST + TTL, PAST + TTL)
+
+
+def test_other_arguments_are_a_mismatch_on_what_is_remembered() -> None:
+    reply, row = on_claim(REMEMBERED, ask(B, fingerprint=OTHER_ARGS), PAST + 1_000_000)
+    assert reply == Mismatched(1.0, ARGS)
+    assert row is None
+
+
+def test_who_completed_what_is_remembered_is_told_so_again_and_may_do_nothing_else() -> None:
+    for row in (REMEMBERED, standing(REMEMBERED, PAST)):
+        assert on_settle(row, A, TOKEN, COMPLETED, PAST) == (Answer.DONE, None)
+        assert on_renew(row, A, TOKEN, LEASE, PAST) == (Answer.STALE, None)
+        assert on_release(row, A, TOKEN, PAST) == (Answer.STALE, None)
+        assert on_settle(row, B, TOKEN, COMPLETED, PAST) == (Answer.STALE, None)
+
+
+def test_what_is_remembered_is_forgotten_like_any_other_record_and_told_as_expired() -> None:
+    found, tombstone = on_forget(REMEMBERED, C, PAST, force=False)
+    assert found == standing(REMEMBERED, PAST)
+    assert tombstone is not None
+    again, nothing = on_forget(tombstone, C, PAST + 1, force=False)
+    assert again is not None
+    assert (again.state, nothing) == (State.EXPIRED, None)
+    assert isinstance(on_claim(tombstone, ask(B), PAST + 1)[0], Granted)
+
+
+# --------------------------------------------------------------------------------------------------------- the tables
+
+
+def test_every_line_of_the_claims_applies_and_leaves_what_it_says() -> None:
+    seen = set()
+    rows = [None, *RECORDS, WITHDRAWN, *(row._replace(lease_until=SINCE + 9 * LEASE) for row in (RUNNING, KEPT))]
+    asks = itertools.product((A, B), (ARGS, OTHER_ARGS, b""), (True, False), (None, TOKEN))
+    for row, (attempt, fingerprint, takeover, over) in itertools.product(rows, asks):
+        for now in (SOON, LATE, PAST, PAST + TTL):
+            asked = ask(attempt, fingerprint=fingerprint, takeover=takeover, over=over)
+            found = standing(row, now)
+            line = machine.CLAIM[name := machine._found(found, asked, now)]
+            seen.add(name)
+            assert (None if found is None else found.state) in line.found
+            _, after = on_claim(row, asked, now)
+            left = found if after is None else after
+            assert (None if left is None else left.state) == (line.then or (found.state if found else None))
+    assert seen == set(machine.CLAIM)
+
+
+def test_the_tables_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(machine.CLAIM, "lease alive", machine.CLAIM["lease over, takeover"])
+    assert isinstance(on_claim(RUNNING, ask(B), SOON)[0], Granted)
+    monkeypatch.setitem(machine.OWNER["complete"], "another's", (Answer.GONE, None))
+    assert on_settle(RUNNING, B, TOKEN, COMPLETED, SOON)[0] is Answer.GONE
+    monkeypatch.setitem(machine.FORGET, "running", (True, State.WITHDRAWN))
+    assert on_forget(RUNNING, C, SOON, force=False)[1] is not None
+
+
+def test_the_diagram_in_readme_is_drawn_from_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    assert f"```mermaid\n{machine.diagram()}\n```" in readme, (
+        f"README's diagram of states is to be\n{machine.diagram()}"
+    )
+    before = machine.diagram()
+    monkeypatch.setitem(machine.OWNER["fail"], "running", (Answer.DONE, State.COMPLETED))
+    assert machine.diagram() != before

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from idempotent._record import CALLS, LOCKS, Record, RecordId, Row, State, describe, pack, unpack
+from idempotent._record import CALLS, LOCKS, Record, RecordId, Row, State, describe, pack, standing, unpack
 from idempotent.errors import BackendError
 
 NOW = 1_700_000_000_000_000
@@ -32,6 +32,12 @@ settled_rows = st.builds(
     lease_until=st.just(0),
     expires=st.none(),
 )
+remembered_rows = st.builds(
+    lambda row, expires: row._replace(state=State.COMPLETED, lease=1, expires=expires),
+    settled_rows,
+    st.integers(1, 2**64 - 1),
+)
+expired_rows = st.builds(lambda row: row._replace(state=State.EXPIRED, codec="", body=b""), settled_rows)
 open_rows = st.builds(
     Row,
     state=st.sampled_from([State.RUNNING, State.UNKNOWN, State.WITHDRAWN]),
@@ -143,19 +149,19 @@ def test_an_open_row_comes_out_of_its_envelope_as_it_went_in(row: Row) -> None:
 
 
 @settings(deadline=None)
-@given(settled_rows)
+@given(st.one_of(settled_rows, remembered_rows, expired_rows))
 def test_a_settled_row_comes_out_of_its_envelope_as_it_went_in(row: Row) -> None:
     assert unpack(pack(row)) == row
 
 
 @settings(deadline=None)
-@given(settled_rows, st.integers(1, 2**64 - 1))
+@given(st.one_of(settled_rows, expired_rows), st.integers(1, 2**64 - 1))
 def test_the_expiry_of_a_settled_row_is_left_to_the_backend(row: Row, expires: int) -> None:
     assert pack(row._replace(expires=expires)) == pack(row)
 
 
 @settings(deadline=None)
-@given(st.one_of(open_rows, settled_rows), st.one_of(open_rows, settled_rows))
+@given(*[st.one_of(open_rows, settled_rows, remembered_rows, expired_rows)] * 2)
 def test_different_rows_have_different_envelopes(one: Row, two: Row) -> None:
     assert (pack(one) == pack(two)) is (one == two)
 
@@ -163,6 +169,16 @@ def test_different_rows_have_different_envelopes(one: Row, two: Row) -> None:
 def test_a_completed_record_costs_44_bytes_and_its_codec_over_its_body() -> None:
     row = Row(State.COMPLETED, 1, ATTEMPT, ARGS, NOW, codec="json", body=b"x" * 1000)
     assert len(pack(row)) == 44 + len("json") + 1000
+
+
+def test_a_remembered_record_costs_8_bytes_more_and_43_when_it_has_expired() -> None:
+    row = Row(State.COMPLETED, 1, ATTEMPT, ARGS, NOW, 60, 0, NOW + 30, "json", b"x" * 1000)
+    assert len(pack(row)) == 52 + len("json") + 1000
+    expired = standing(row, NOW + 30)
+    assert expired == Row(State.EXPIRED, 1, ATTEMPT, ARGS, NOW + 30, expires=NOW + 90)
+    assert len(pack(expired)) == 43
+    assert standing(row, NOW + 29) is row
+    assert standing(row, NOW + 90) is standing(expired, NOW + 90) is None
 
 
 def test_the_envelope_is_laid_out_as_drawn() -> None:
@@ -176,6 +192,9 @@ def test_the_envelope_is_laid_out_as_drawn() -> None:
     assert pack(Row(State.RUNNING, 2, ATTEMPT, ARGS, 3, 4, 5, 6, body=b"7@here"))[67:] == b"\x067@here"
     completed = pack(Row(State.COMPLETED, 2, ATTEMPT, b"", 3, codec="json", body=b"null"))
     assert completed[26:] == b"\x00" + b"\x04json" + b"null"
+    remembered = pack(Row(State.COMPLETED, 2, ATTEMPT, b"", 3, 1, 0, 4, "json", b"null"))
+    assert remembered == b"\xd2" + completed[1:27] + bytes(7) + b"\x04" + completed[27:]
+    assert pack(Row(State.EXPIRED, 2, ATTEMPT, ARGS, 3)) == b"\xd1E" + running[2:43]
 
 
 @settings(deadline=None)
@@ -189,9 +208,9 @@ def test_foreign_bytes_are_refused_with_a_backend_error_and_nothing_else(data: b
 
 
 @settings(deadline=None)
-@given(st.sampled_from(b"RCFUW"), st.sampled_from([0, 16]), st.binary(max_size=100))
-def test_bytes_that_begin_like_a_record_are_read_or_refused(letter: int, size: int, rest: bytes) -> None:
-    data = bytes([0xD1, letter]) + rest[:24].ljust(24, b"\x07") + bytes([size]) + rest[24:]
+@given(st.sampled_from(b"\xd1\xd2"), st.sampled_from(b"RCFUWE"), st.sampled_from([0, 16]), st.binary(max_size=100))
+def test_bytes_that_begin_like_a_record_are_read_or_refused(magic: int, letter: int, size: int, rest: bytes) -> None:
+    data = bytes([magic, letter]) + rest[:24].ljust(24, b"\x07") + bytes([size]) + rest[24:]
     try:
         unpack(data)
     except BackendError:
@@ -208,7 +227,7 @@ def test_bytes_of_somebody_else_are_no_record(data: bytes) -> None:
         unpack(data)
 
 
-@pytest.mark.parametrize("magic", [0x00, 0x7B, 0xD0, 0xD2, 0xFF])
+@pytest.mark.parametrize("magic", [0x00, 0x7B, 0xD0, 0xD3, 0xFF])
 @pytest.mark.parametrize("state", list(State))
 def test_an_envelope_of_another_version_is_no_record(magic: int, state: State) -> None:
     whole = pack(Row(state, 1, ATTEMPT, ARGS, NOW, 2, 3, 4))
@@ -235,11 +254,24 @@ def test_an_open_row_cut_short_or_with_bytes_after_it_is_no_record(row: Row, dat
 
 
 @pytest.mark.parametrize("fingerprint", [b"", ARGS])
-def test_a_settled_row_cut_short_in_its_head_is_no_record(fingerprint: bytes) -> None:
-    whole = pack(Row(State.COMPLETED, 1, ATTEMPT, fingerprint, NOW, codec="json", body=b""))
+@pytest.mark.parametrize("remember", [0, 1])
+def test_a_settled_row_cut_short_in_its_head_is_no_record(fingerprint: bytes, remember: int) -> None:
+    whole = pack(Row(State.COMPLETED, 1, ATTEMPT, fingerprint, NOW, remember, 0, NOW, "json", b""))
     for cut in range(len(whole) - len("json")):
         with pytest.raises(BackendError):
             unpack(whole[:cut])
+
+
+@pytest.mark.parametrize("state", [state for state in State if state is not State.COMPLETED])
+def test_only_completed_records_are_remembered(state: State) -> None:
+    whole = pack(Row(state, 1, ATTEMPT, ARGS, NOW, 2, 3, 4))
+    with pytest.raises(BackendError):
+        unpack(b"\xd2" + whole[1:])
+
+
+def test_an_expired_row_with_bytes_after_it_is_no_record() -> None:
+    with pytest.raises(BackendError):
+        unpack(pack(Row(State.EXPIRED, 1, ATTEMPT, ARGS, NOW)) + b"\x00")
 
 
 def test_a_settled_row_cut_short_in_its_codec_is_no_record() -> None:

@@ -22,7 +22,7 @@ from servers import Address, Server, start_redis
 
 from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, RedisBackend, current_call
 from idempotent._drive import drive
-from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
+from idempotent._record import SETTLED, Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
 from idempotent.backends._redis_links import _CONNECTIONS, _named
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -87,14 +87,17 @@ class Keys:
         if raw is None:
             return None
         row = unpack(raw)
-        settled = row.state in (State.COMPLETED, State.FAILED)
-        return row._replace(expires=self.clock() + left * 1000) if settled else row
+        end = self.clock() + left * 1000
+        if row.lease and row.state is State.COMPLETED:
+            return row._replace(lease=end - (row.expires or 0))
+        return row._replace(expires=end) if row.state in SETTLED else row
 
     def age(self, rid: RecordId, by: int) -> None:
         row = self.row(rid)
         if row is not None:
             row = aged(row, by)
-            left = None if row.expires is None else (row.expires - self.clock()) // 1000
+            past = row.lease if row.state is State.COMPLETED else 0
+            left = None if row.expires is None else (row.expires + past - self.clock()) // 1000
             if left is not None and left <= 0:
                 self.client.delete(self.name(rid))
             else:

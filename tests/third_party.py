@@ -48,9 +48,10 @@ class FileBackend(Backend):
     async def renew(self, rid, *, attempt, token, lease):
         return await self._apply(rid, lambda row, now: machine.on_renew(row, attempt, token, micros(lease), now))
 
-    async def complete(self, rid, *, attempt, token, codec, body, ttl, state=State.COMPLETED):
+    async def complete(self, rid, *, attempt, token, codec, body, ttl, remember=0.0, state=State.COMPLETED):
         def decide(row, now):
-            settled = Row(state, token, attempt, b"", now, expires=now + micros(ttl), codec=codec, body=body)
+            past = micros(remember) if remember else 0
+            settled = Row(state, token, attempt, b"", now, past, 0, now + micros(ttl), codec, body)
             return machine.on_settle(row, attempt, token, settled, now)
 
         return await self._apply(rid, decide)

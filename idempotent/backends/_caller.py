@@ -271,10 +271,18 @@ class CallersTransaction(SQLBackend):
             raise
 
     async def _settle(
-        self, rid: RecordId, state: State, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        state: State,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
         try:
-            return await super()._settle(rid, state, attempt, token, codec, body, ttl)
+            return await super()._settle(rid, state, attempt, token, codec, body, ttl, remember)
         except exc.DBAPIError as error:
             if self.stands or not _is_missing(error):
                 raise

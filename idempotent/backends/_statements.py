@@ -116,7 +116,7 @@ class Statements:
             .values(
                 state=sa.bindparam("b_state"),
                 since=now,
-                lease=0,
+                lease=sa.bindparam("b_past", type_=sa.BigInteger),
                 lease_until=0,
                 expires=now + span,
                 codec=sa.bindparam("b_codec"),
@@ -163,7 +163,23 @@ class Statements:
             .limit(500)
         )
         self._over = sa.select(c.id).where(c.expires <= now).limit(sa.bindparam("b_limit"))
-        self._purge = table.delete().where(c.id.in_(sa.bindparam("b_ids", expanding=True)), c.expires <= now)
+        these = sa.and_(c.id.in_(sa.bindparam("b_ids", expanding=True)), c.expires <= now)
+        remembered = sa.and_(c.state == State.COMPLETED.value, c.lease > 0)
+        self._purge = table.delete().where(these, sa.or_(sa.not_(remembered), c.expires + c.lease <= now))
+        nothing: Any = sa.literal_column("''" if dialect == "postgresql" else "x''")
+        # As above: MySQL reads what it has assigned.
+        self._cut = (
+            table.update()
+            .where(these, remembered)
+            .ordered_values(
+                (c.since, c.expires),
+                (c.expires, c.expires + c.lease),
+                (c.state, State.EXPIRED.value),
+                (c.lease, 0),
+                (c.codec, ""),
+                (c.body, nothing),
+            )
+        )
         self._fresh = self._fresh_postgresql(table, columns) if dialect == "postgresql" else None
 
     @staticmethod
@@ -295,14 +311,16 @@ class Statements:
         codec: str,
         body: bytes,
         ttl: int,
+        past: int,
     ) -> bool:
-        """Settle an unsettled record that is this attempt's; whether it was."""
+        """Settle an unsettled record that is this attempt's, its key remembered for `past` after `ttl`; whether it was."""
         values = self._clocked(
             {
                 "b_id": rid.digest,
                 "b_attempt": self._bytes(attempt),
                 "b_token": token,
                 "b_span": ttl,
+                "b_past": past,
                 "b_state": state.value,
                 "b_codec": codec,
                 "b_body": self._bytes(body),
@@ -330,11 +348,13 @@ class Statements:
         ]
 
     def purge(self, connection: Connection, limit: int) -> int:
-        """Drop at most `limit` rows past their retention; how many."""
+        """Drop at most `limit` rows past their retention, or their bodies where the keys are remembered; how many."""
         ids = connection.execute(self._over, self._clocked({"b_limit": limit})).scalars().all()
         if not ids:
             return 0
-        return int(connection.execute(self._purge, self._clocked({"b_ids": list(ids)})).rowcount)
+        values = self._clocked({"b_ids": list(ids)})
+        dropped = int(connection.execute(self._purge, values).rowcount)
+        return dropped if dropped == len(ids) else dropped + int(connection.execute(self._cut, values).rowcount)
 
 
 def _row(found: list[Any]) -> Row:

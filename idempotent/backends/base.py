@@ -110,9 +110,21 @@ class Backend(ABC):
 
     @abstractmethod
     async def complete(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
-        """Record a result for `ttl` seconds from now (`_machine.on_settle`), and wake those who wait in `changed`."""
+        """Record a result for `ttl` seconds from now (`_machine.on_settle`), and wake those who wait in `changed`.
+
+        For `remember` seconds past the ttl the record is expired: claims are told so, its body is told to nobody, and
+        is dropped at the latest by the first claim, or by a purge. 0: past the ttl the record is absent.
+        """
 
     @abstractmethod
     async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
@@ -151,7 +163,10 @@ class Backend(ABC):
 
     @abstractmethod
     async def purge(self, limit: int = 1000) -> int:
-        """Drop up to `limit` records past their retention; how many were dropped. 0 where the store does it itself."""
+        """Drop up to `limit` records past their retention, and bodies past their ttl whose keys are remembered.
+
+        Returns how many there were. 0 where the store does it itself.
+        """
 
     def close(self) -> None:  # noqa: B027  a store may have nothing to release
         """Release connections and threads of the blocking view. May be called twice; the process exits cleanly without."""

@@ -15,6 +15,7 @@ from cachetools import TLRUCache
 from idempotent import _machine as machine
 from idempotent._record import (
     ATTEMPT_BYTES,
+    SETTLED,
     Answer,
     Claim,
     Granted,
@@ -24,17 +25,19 @@ from idempotent._record import (
     State,
     StateName,
     describe,
+    standing,
 )
 from idempotent._signals import Signals, TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend, Finder, micros
 
 __all__ = ["LocalBackend"]
 
-_SETTLED = (State.COMPLETED, State.FAILED)
-
 
 def _monotonic_micros() -> int:
     return time.monotonic_ns() // 1000
+
+
+_EXPIRED = State.EXPIRED
 
 
 class _Store:
@@ -46,7 +49,7 @@ class _Store:
         self.open: dict[str, Row] = {}
         self.sweep_at = 1024
         self.settled: TLRUCache[str, Row] = TLRUCache(
-            maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=clock
+            maxsize, ttu=lambda _key, row, _now: (row.expires or 0) + row.lease, timer=clock
         )
         self.signals = Signals()
         self.reset()
@@ -73,13 +76,15 @@ class _Store:
                 row = self.settled[key]
             except KeyError:
                 return None
-        stored = row.fingerprint
-        return None if stored != fingerprint and stored and fingerprint else (row, self.clock())
+        stored, now = row.fingerprint, self.clock()
+        if row.state is _EXPIRED or (row.lease and row.expires is not None and row.expires <= now):
+            return None
+        return None if stored != fingerprint and stored and fingerprint else (row, now)
 
     def put(self, key: str, row: Row | None) -> None:
         if row is None:
             return
-        if row.state in _SETTLED:
+        if row.state in SETTLED:
             self.open.pop(key, None)
             self.settled[key] = row
             return
@@ -95,6 +100,18 @@ class _Store:
         over = [key for key, row in self.open.items() if row.expires is not None and row.expires <= now][:limit]
         for key in over:
             del self.open[key]
+        return len(over)
+
+    def cut(self, limit: int) -> int:
+        """Drop the bodies of up to `limit` expired rows whose keys are remembered; how many there were."""
+        now = self.clock()
+        over = [
+            (key, row)
+            for key, row in [*self.settled.items()]
+            if row.lease and row.expires is not None and row.expires <= now
+        ][:limit]
+        for key, row in over:
+            self.put(key, standing(row, now))
         return len(over)
 
     def new_token(self, token: int) -> int:
@@ -177,9 +194,17 @@ class LocalBackend(Backend):
         return answer
 
     async def complete(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
-        return self._settle(rid, State.COMPLETED, attempt, token, codec, body, ttl)
+        return self._settle(rid, State.COMPLETED, attempt, token, codec, body, ttl, remember)
 
     async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
         return self._settle(rid, State.FAILED, attempt, token, codec, body, ttl)
@@ -193,11 +218,13 @@ class LocalBackend(Backend):
         codec: str,
         body: bytes,
         ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
         store = self._store
         with store.lock:
             now = store.clock()
-            settled = Row(state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body)
+            past = micros(remember) if remember else 0
+            settled = Row(state, token, attempt, b"", now, past, 0, now + micros(ttl), codec, body)
             answer, row = machine.on_settle(store.find(rid.text), attempt, token, settled, now)
             store.put(rid.text, row)
         store.signals.notify(rid.text)
@@ -259,7 +286,8 @@ class LocalBackend(Backend):
         store = self._store
         with store.lock:
             store.settled.expire()
-            return store.sweep(limit)
+            swept = store.sweep(limit)
+            return swept + store.cut(limit - swept)
 
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()

@@ -42,9 +42,11 @@ from idempotent._options import split_url, timeout_of
 from idempotent._record import (
     ATTEMPT_BYTES,
     LOCKS,
+    SETTLED,
     Answer,
     Busy,
     Claim,
+    Expired,
     Granted,
     Mismatched,
     Record,
@@ -223,24 +225,43 @@ class RedisBackend(Backend):
             return Settled(row.state is State.FAILED, row.token, age, row.codec, row.body)
         if kind == 4:
             return Unknown(reply[1], reply[2] / 1e6)
+        if kind == 6:
+            return Expired(reply[1], reply[2] / 1e6)
         return Mismatched(reply[1] / 1e6, reply[2])
 
     async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
         return _ANSWERS[await self._run(_RENEW, rid, (attempt, token, micros(lease)), min(self.timeout, lease))]
 
     async def complete(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
-        return await self._settle(rid, b"C", attempt, token, codec, body, ttl)
+        past = (_milliseconds(remember),) if remember else ()
+        return await self._settle(rid, b"C", attempt, token, codec, body, ttl, past)
 
     async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
         return await self._settle(rid, b"F", attempt, token, codec, body, ttl)
 
     async def _settle(
-        self, rid: RecordId, state: bytes, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        state: bytes,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        past: tuple[int, ...] = (),
     ) -> Answer:
-        milliseconds = max(1, math.ceil(ttl * 1000))
-        return _ANSWERS[await self._run(_SETTLE, rid, (attempt, token, state, milliseconds, codec, body), self.timeout)]
+        ask = (attempt, token, state, _milliseconds(ttl), codec, body, *past)
+        return _ANSWERS[await self._run(_SETTLE, rid, ask, self.timeout)]
 
     async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         ask = (attempt, b"" if token is None else token, b"1" if unknown else b"0", TOMBSTONE)
@@ -366,14 +387,19 @@ class RedisBackend(Backend):
             pause = min(0.25, pause * 2 or 0.005)
 
 
+def _milliseconds(seconds: float) -> int:
+    return max(1, math.ceil(seconds * 1000))
+
+
 def _found(reply: Any) -> tuple[Row, int] | None:
     """The row that was found, and the server's time."""
     if not reply:
         return None
     raw, now, left = reply
     row = unpack(raw)
-    if row.state in (State.COMPLETED, State.FAILED) and left >= 0:
-        row = row._replace(expires=now + left * 1000)
+    if row.state in SETTLED and left >= 0:
+        end = now + left * 1000
+        row = row._replace(lease=max(1, end - (row.expires or 0))) if row.lease else row._replace(expires=end)
     return row, now
 
 

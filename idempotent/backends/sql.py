@@ -151,25 +151,42 @@ class SQLBackend(Backend):
         return await self._run(work, min(self.timeout, lease))
 
     async def complete(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
-        return await self._settle(rid, State.COMPLETED, attempt, token, codec, body, ttl)
+        return await self._settle(rid, State.COMPLETED, attempt, token, codec, body, ttl, remember)
 
     async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
         return await self._settle(rid, State.FAILED, attempt, token, codec, body, ttl)
 
     async def _settle(
-        self, rid: RecordId, state: State, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        state: State,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
         make = self._statements
+        past = micros(remember) if remember else 0
 
         def decide(row: Row | None, now: int) -> tuple[Answer, Row | None]:
-            settled = Row(state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body)
+            settled = Row(state, token, attempt, b"", now, past, 0, now + micros(ttl), codec, body)
             return machine.on_settle(row, attempt, token, settled, now)
 
         def work(connection: Connection) -> Answer:
             make.check_size(connection, body)
-            if make.settle(connection, rid, state, attempt, token, codec, body, micros(ttl)):
+            if make.settle(connection, rid, state, attempt, token, codec, body, micros(ttl), past):
                 return Answer.DONE
             return self._decide(connection, rid, decide)
 

@@ -18,7 +18,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("url", nargs="?", metavar="URL", help="the backend (default: IDEMPOTENT_URL)")
-    parser.add_argument("--state", choices=("running", "completed", "failed", "unknown"), help="only those")
+    parser.add_argument("--state", choices=("running", "completed", "failed", "unknown", "expired"), help="only those")
     parser.add_argument("--namespace", metavar="NAME", help="only those of this namespace")
     parser.add_argument(
         "--older-than",

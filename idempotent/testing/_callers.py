@@ -15,7 +15,7 @@ from idempotent._record import ATTEMPT_BYTES, LOCKS, RecordId
 from idempotent._rooms import Asker, Held, Rooms
 from idempotent._rooms import Plan as LockPlan
 from idempotent._run import Flights, Plan, Run, Running
-from idempotent.errors import BackendUnavailable, FingerprintMismatch, InProgress
+from idempotent.errors import BackendUnavailable, FingerprintMismatch, InProgress, ResultUnavailable
 from idempotent.serializers import codec_for
 from idempotent.testing._world import START, Applied, Facts, Model, Step, World, hand_over
 
@@ -104,6 +104,12 @@ class Caller:
         """Remove a value of a plain key-value store."""
         await hand_over(Step(f"delete {key}", lambda facts, _rules: Applied(None, facts.without_value(key))))
 
+    async def pause(self, seconds: float) -> None:
+        """Do nothing until so many virtual seconds have passed since the beginning."""
+        until = START + round(seconds * 1e6)
+        ready = lambda facts: facts.now >= until  # noqa: E731
+        await hand_over(Step("wait", lambda facts, _rules: Applied(None, facts), ready=ready, deadline=until))
+
     async def enter(self, valid_until: float) -> Any:
         """Begin what only one may be at, as nobody else may until `valid_until` (virtual seconds). It takes effect."""
         number, until = self.number, round(valid_until * 1e6)
@@ -154,7 +160,9 @@ class End(NamedTuple):
             return True
         plan = run.plan if run is not None else None if self.held is None else self.held.plan
         impatient = isinstance(error, InProgress) and (plan is None or plan.wait is not None)
-        return self.recorded or impatient or isinstance(error, FingerprintMismatch)
+        # Whoever is told so wrongly is told by the world's own promises.
+        too_late = isinstance(error, ResultUnavailable) and run is not None and run.plan.remember > 0
+        return self.recorded or impatient or too_late or isinstance(error, FingerprintMismatch)
 
 
 class Move(NamedTuple):
@@ -328,23 +336,27 @@ async def call(
     wait: float | None = None,
     fingerprint: bytes = b"",
     error_ttl: Mapping[type[Exception], float] | None = None,
+    ttl: float = 86_400.0,
+    remember: float = 0.0,
 ) -> Any:
     """A call of a function decorated with `@idempotent`: what its wrapper does, with the explorer's driver.
 
     Args:
         caller: who calls.
         body: the function; None: one that takes effect, and returns what that gives.
-        on_crash: as in `@idempotent`, and so are `wait` and `error_ttl`, in virtual seconds.
+        on_crash: as in `@idempotent`, and so are the durations, in virtual seconds.
         wait: None: no limit.
         fingerprint: of the arguments; b"": none.
         error_ttl: None: no errors are recorded.
+        ttl: how long a result is replayed.
+        remember: 0: past its ttl the key is free.
     """
     plan = Plan(
         backend=caller.model,
         flights=Flights(),
         codec=_codec,
         namespace="explored",
-        ttl=86_400.0,
+        ttl=ttl,
         lease=LEASE,
         wait=wait,
         keep_result=True,
@@ -353,6 +365,7 @@ async def call(
         run_on_outage=False,
         hooks=(),
         stats={},
+        remember=remember,
     )
     run = caller.run = _Run(caller.number, plan, RecordId("explored", "k"), fingerprint)
     driver = caller.driver

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from idempotent import _machine as machine
 from idempotent._record import (
+    SETTLED,
     Answer,
     Busy,
     Claim,
+    Expired,
     Granted,
     Mismatched,
     Record,
@@ -22,6 +24,7 @@ from idempotent._record import (
     StateName,
     Unknown,
     describe,
+    standing,
 )
 from idempotent.backends.base import Backend, micros
 
@@ -29,8 +32,6 @@ __all__ = ["SETTLED", "START", "Applied", "Facts", "Model", "Step", "World", "Wo
 
 START = 1_000_000
 """Virtual microseconds at which each history begins."""
-
-SETTLED = (State.COMPLETED, State.FAILED)
 
 
 class Facts(NamedTuple):
@@ -146,9 +147,10 @@ def hand_over(step: Step) -> Generator[Step, Any, Any]:
 def _observed(facts: Facts, text: str, row: Row | None, reply: Any) -> Applied:
     """The facts after a command stored `row` (None: it changed nothing), and the promise that it broke."""
     promise = ""
-    was = facts.row(text)
+    was = standing(facts.row(text), facts.now)
     if row is not None:
-        if was is not None and was.state in SETTLED and (row.state, row.body) != (was.state, was.body):
+        ended = was is None or was.state not in SETTLED or was.state is State.EXPIRED
+        if was is not None and not ended and (row.state, row.body) != (was.state, was.body):
             promise = "1. a recorded outcome was changed"
         elif row.state in SETTLED and (was is None or was.state not in SETTLED):
             if facts.newest[0] and row.token != facts.newest[0]:
@@ -168,8 +170,13 @@ def _observed(facts: Facts, text: str, row: Row | None, reply: Any) -> Applied:
 
 def _denied(row: Row | None, ask: machine.Ask, reply: Claim, now: int) -> str:
     """The promise that the answer to a claim breaks; "": none."""
-    if row is None or (row.expires is not None and row.expires <= now):
+    row = standing(row, now)
+    if row is None:
         return ""
+    if row.state is State.EXPIRED and not isinstance(reply, (Expired, Mismatched)):
+        return "14. a key that is remembered was free again, or its result was told past its ttl"
+    if isinstance(reply, Expired) and row.state is not State.EXPIRED:
+        return "1. a recorded outcome was not told"
     if isinstance(reply, Mismatched) and row.fingerprint in (b"", ask.fingerprint):
         return "13. a call was refused for other arguments than its own"
     if isinstance(reply, Unknown) and row.state in SETTLED:
@@ -259,18 +266,37 @@ class Model(Backend):
         return answer
 
     async def complete(
-        self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        rid: RecordId,
+        *,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
-        return await self._settle("complete", State.COMPLETED, rid, attempt, token, codec, body, ttl)
+        return await self._settle("complete", State.COMPLETED, rid, attempt, token, codec, body, ttl, remember)
 
     async def fail(self, rid: RecordId, *, attempt: bytes, token: int, codec: str, body: bytes, ttl: float) -> Answer:
         return await self._settle("fail", State.FAILED, rid, attempt, token, codec, body, ttl)
 
     async def _settle(
-        self, label: str, state: State, rid: RecordId, attempt: bytes, token: int, codec: str, body: bytes, ttl: float
+        self,
+        label: str,
+        state: State,
+        rid: RecordId,
+        attempt: bytes,
+        token: int,
+        codec: str,
+        body: bytes,
+        ttl: float,
+        remember: float = 0.0,
     ) -> Answer:
+        past = micros(remember) if remember else 0
+
         def decide(rules: Any, row: Row | None, now: int) -> Any:
-            settled = Row(state, token, attempt, b"", now, 0, 0, now + micros(ttl), codec, body)
+            settled = Row(state, token, attempt, b"", now, past, 0, now + micros(ttl), codec, body)
             return rules.on_settle(row, attempt, token, settled, now)
 
         def judge(row: Row | None, reply: Answer, stored: Row | None, now: int) -> str:
@@ -279,6 +305,8 @@ class Model(Backend):
                     return "4. another outcome was recorded than was brought"
                 if stored.expires is None or stored.expires < now + micros(ttl):
                     return "1. a recorded outcome is not kept for its ttl"
+                if stored.lease != past:
+                    return "14. a key is not remembered for as long as was asked"
             return _refused(row, attempt, token, reply, now)
 
         answer: Answer = await self._command(label, rid, decide, judge)

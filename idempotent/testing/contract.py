@@ -31,6 +31,7 @@ from idempotent._record import (
     OWNER_BYTES,
     Answer,
     Busy,
+    Expired,
     Granted,
     Record,
     RecordId,
@@ -38,6 +39,7 @@ from idempotent._record import (
     Settled,
     State,
     describe,
+    standing,
 )
 from idempotent.backends.base import Backend, micros
 from idempotent.errors import BackendUnavailable
@@ -149,15 +151,21 @@ class Store:
     async def left(self, state: str, rid: RecordId | None = None) -> "History":
         """A record that is left so by its first owner, whose history this is.
 
-        "lapsed" (its lease is over), "expired" (its ttl) and "dropped" (its keep) come true at the next `lapse`.
+        "lapsed" (its lease is over), "expired" (its ttl), "remembered" (likewise, and its key is remembered), "outlived"
+        (that is over, too) and "dropped" (its keep) come true at the next `lapse`.
         """
         one = History(self, rid or self.rid())
         lapses = {"lapsed": {"lease": self.short}, "dropped": {"lease": self.short, "keep": 0.001}}
-        ends = {"completed": "complete", "expired": "complete", "failed": "fail", "released": "release"}
+        spans: dict[str, dict[str, float]] = {
+            "expired": {"ttl": self.short},
+            "remembered": {"ttl": self.short, "remember": LONG},
+            "outlived": {"ttl": self.short / 2, "remember": self.short / 2},
+        }
+        ends = {"completed": "complete", "failed": "fail", "released": "release", **dict.fromkeys(spans, "complete")}
         if state != "absent":
             await one.send("a first claim", "claim", owner=OWNER, **lapses.get(state, {}))
         if state in ends:
-            await one.send(ends[state], ends[state], **({"ttl": self.short} if state == "expired" else {}))
+            await one.send(ends[state], ends[state], **spans.get(state, {}))
         elif state == "forgotten":
             await one.send("forget", "forget", force=True)
         elif state in ("unknown", "overtaken", "replaced"):
@@ -220,7 +228,7 @@ class History:
             told.highest = reply.token
             soon, late = soon._replace(token=reply.token), late._replace(token=reply.token)
             least, most = (each._replace(token=reply.token) for each in (least, most))
-        elif name == "release" and soon and told.late and (told.late.expires or begun) < begun:
+        elif name == "release" and soon and told.late and standing(told.late, begun) is None:
             told.doubt = True  # what is left of it depends on whether the store had dropped it
         told.doubt |= bare(least) != bare(most)
         if told.doubt:
@@ -262,7 +270,8 @@ def _answer(
     if name in ("complete", "fail"):
         state = State.COMPLETED if name == "complete" else State.FAILED
         attempt, token, expires = options["attempt"], options["token"], now + micros(options["ttl"])
-        settled = Row(state, token, attempt, b"", now, 0, 0, expires, options["codec"], options["body"])
+        past = micros(options["remember"]) if options.get("remember") else 0
+        settled = Row(state, token, attempt, b"", now, past, 0, expires, options["codec"], options["body"])
         return machine.on_settle(row, attempt, token, settled, now)
     if name == "release":
         return machine.on_release(row, options["attempt"], options["token"], now, unknown=options["unknown"])
@@ -273,7 +282,8 @@ def _answer(
 def _state(row: Row | None, now: int) -> str:
     if row is None:
         return "absent"
-    if row.expires is not None and row.expires <= now:
+    row = standing(row, now)
+    if row is None:
         return "past its retention"
     if row.state is State.WITHDRAWN:
         return "released or forgotten"
@@ -315,7 +325,7 @@ A token, or `over`, is told by how much it is higher than the owner's.
 """
 STATES = (
     *("absent", "running", "lapsed", "dropped", "unknown", "completed", "failed", "expired"),
-    *("released", "forgotten", "overtaken", "replaced"),
+    *("released", "forgotten", "overtaken", "replaced", "remembered", "outlived"),
 )
 CLAIMS: list[Case] = [
     ("the owner's claim, sent late", "claim", False, {}),
@@ -436,11 +446,12 @@ class BackendContract:
 
     @driven
     async def test_nothing_ends_before_its_time(self, store: Store) -> None:
-        for state in ("lapsed", "expired", "dropped"):
+        for state in ("lapsed", "expired", "remembered", "outlived", "dropped"):
             begun = store.now()
             one = await store.left(state)
             ask = {"name": "read"} if state == "dropped" else {"name": "claim", "takeover": True}
-            while not isinstance(await one.by().ask(**ask), Granted | None):
+            ended = Expired if state == "remembered" else Granted
+            while not isinstance(await one.by().ask(**ask), ended | None):
                 promised(store.now() < begun + 5, f"a record is {state} when its time is over")
                 store.pass_time(self.short / 25)
             took = store.now() - begun
@@ -482,12 +493,12 @@ class BackendContract:
         elsewhere = (await store.left("completed", store.rid(namespace="2"))).rid.key
         await store.left("running", store.rid(space=LOCKS))
         store.lapse()
-        shown = {"lapsed": "running", "overtaken": "running"}
-        gone = ("absent", "dropped", "expired", "released", "forgotten", "replaced")
+        shown = {"lapsed": "running", "overtaken": "running", "remembered": "expired"}
+        gone = ("absent", "dropped", "expired", "outlived", "released", "forgotten", "replaced")
         there = sorted((key, shown.get(state, state)) for state, key in cases if state not in gone)
         seen = [(each.key, each.state) for each in await self._scan(store, namespace=store.namespace)]
         promised(sorted(seen) == there, "a scan of a namespace shows its calls, each once, no others", seen, there)
-        names: Any = ("running", "completed", "failed", "unknown")
+        names: Any = ("running", "completed", "failed", "unknown", "expired")
         for name in names:
             seen = [(each.key, each.state) for each in await self._scan(store, namespace=store.namespace, state=name)]
             wanted = [each for each in there if each[1] == name]
@@ -500,7 +511,7 @@ class BackendContract:
 
     @driven
     async def test_a_purge_drops_what_is_past_its_retention_and_nothing_else(self, store: Store) -> None:
-        found = [await store.left(state) for state in (*STATES, "expired", "expired")]
+        found = [await store.left(state) for state in (*STATES, "expired", "expired", "remembered")]
         store.lapse()
         count = await store.view.purge(1)
         promised(count in (0, 1), "a purge drops no more records than its limit", count)
@@ -592,7 +603,7 @@ class BackendContract:
                     "owner": [b"", OWNER],
                 },
                 "renew": {"lease": [LONG, 2 * LONG, short]},
-                "complete": {"body": BODIES, "ttl": [LONG, LONG, short]},
+                "complete": {"body": BODIES, "ttl": [LONG, LONG, short], "remember": [0.0, 0.0, LONG]},
                 "fail": {"body": BODIES, "ttl": [LONG, short]},
                 "release": {"token": [one.token, one.token, None], "unknown": [False, True]},
                 "forget": {"force": [False, True]},

@@ -13,7 +13,7 @@ told of trouble; with faults, of none that they do not explain; 7. every caller 
 lease is over can be claimed; 8. who records holds the newest token; 9. a caller that has finished leaves no running record
 of its own; 10. an owner is refused only if another has taken over; 11. a command applied twice changes nothing and answers
 the same; 12. nobody enters a lock while another surely holds it; 13. no call is answered from the outcome of other
-arguments, nor refused for its own.
+arguments, nor refused for its own; 14. a key that is remembered past its result's ttl is neither free nor tells the result.
 
 What is not explored: a command and its reply are one step, so no lease ends between them, and a command that was lost is
 not applied later; the callers share no process; heartbeats beat where a scenario lets them.

@@ -111,11 +111,12 @@ class BackendMachine(RuleBasedStateMachine):
         """A renewal."""
         self._send(key, caller, "renew", again=again, lease=self.short if short else LONG)
 
-    @rule(key=KEYS, caller=CALLERS, body=OUTCOMES, fails=YES_NO, short=YES_NO, again=YES_NO)
-    def settle(self, key: str, caller: int, body: bytes, fails: bool, short: bool, again: bool) -> None:
+    @rule(key=KEYS, caller=CALLERS, body=OUTCOMES, fails=YES_NO, short=YES_NO, past=YES_NO, again=YES_NO)
+    def settle(self, key: str, caller: int, body: bytes, fails: bool, short: bool, past: bool, again: bool) -> None:
         """A result, or an error."""
         name = "fail" if fails else "complete"
-        self._send(key, caller, name, again=again, body=body, ttl=self.short if short else LONG)
+        remember = {"remember": LONG} if past and not fails else {}
+        self._send(key, caller, name, again=again, body=body, ttl=self.short if short else LONG, **remember)
 
     @rule(key=KEYS, caller=CALLERS, unknown=YES_NO, again=YES_NO)
     def release(self, key: str, caller: int, unknown: bool, again: bool) -> None:

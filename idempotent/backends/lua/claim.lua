@@ -1,9 +1,9 @@
 -- on_claim. ARGV: attempt, fingerprint, lease, keep ('': until it is settled), takeover ('1', '0'), over ('': none),
 -- owner, turn (who stood in line for the lock and leaves it now; '': nobody).
 -- Replies the token; or {1, token, took over}  {2, token, lease left}  {3, now, record}  {4, token, age}
--- {5, age, fingerprint}
+-- {5, age, fingerprint}  {6, token, age}
 
-local GRANTED, BUSY, SETTLED, UNKNOWN, MISMATCHED = 1, 2, 3, 4, 5
+local GRANTED, BUSY, SETTLED, UNKNOWN, MISMATCHED, EXPIRED = 1, 2, 3, 4, 5, 6
 local asker, asked = ARGV[1], ARGV[2]
 if ARGV[8] ~= '' then try('ZREM', KEYS[2], ARGV[8]) end
 
@@ -28,6 +28,11 @@ else
     end
   elseif state == 'U' then
     if tonumber(ARGV[6]) ~= token then return {UNKNOWN, token, math.max(0, now - since)} end
+  elseif state == 'E' then
+    if ttl_ends then
+      call('SET', key, pack(HEAD, 209, 'E', token, since, attempt, #fingerprint, fingerprint), 'KEEPTTL')
+    end
+    return {EXPIRED, token, math.max(0, now - since)}
   else
     return {SETTLED, now, raw}
   end

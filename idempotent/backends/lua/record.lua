@@ -3,7 +3,7 @@
 -- A script validates first and writes last, as a failed one is not rolled back.
 
 local call, try, byte, sub = redis.call, redis.pcall, string.byte, string.sub
-local HEAD, OPEN = '>Bc1I8I8c8Bc0', '>Bc1I8I8c8Bc0I8I8I8Bc0'
+local HEAD, OPEN, KEPT = '>Bc1I8I8c8Bc0', '>Bc1I8I8c8Bc0I8I8I8Bc0', '>Bc1I8I8c8Bc0I8'
 local pack, unpack
 if struct then
   pack, unpack = struct.pack, struct.unpack
@@ -24,6 +24,7 @@ else -- fakeredis has none
   function pack(format, magic, state, token, since, attempt, size, fingerprint, lease, lease_until, expires, length, owner)
     local bytes = string.char(magic) .. state .. long(token) .. long(since) .. attempt .. string.char(size) .. fingerprint
     if format == HEAD then return bytes end
+    if format == KEPT then return bytes .. long(lease) end
     return bytes .. long(lease) .. long(lease_until) .. long(expires) .. string.char(length) .. owner
   end
   function unpack(format, bytes)
@@ -31,6 +32,7 @@ else -- fakeredis has none
     local magic, state, token, since = byte(bytes, 1), sub(bytes, 2, 2), number(bytes, 3), number(bytes, 11)
     local attempt, fingerprint = sub(bytes, 19, 26), sub(bytes, 28, 27 + size)
     if format == HEAD then return magic, state, token, since, attempt, fingerprint end
+    if format == KEPT then return magic, state, token, since, attempt, fingerprint, number(bytes, 28 + size) end
     return magic, state, token, since, attempt, fingerprint,
       number(bytes, 28 + size), number(bytes, 36 + size), number(bytes, 44 + size), sub(bytes, 53 + size)
   end
@@ -38,7 +40,7 @@ end
 
 local key = KEYS[1]
 local raw = call('GET', key)
-local magic, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner
+local magic, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner, ttl_ends
 if raw then
   local size = byte(raw, 27)
   if size == 0 or size == 16 then
@@ -47,7 +49,13 @@ if raw then
       if #raw == 52 + size + (byte(raw, 52 + size) or 0) then
         magic, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner = unpack(OPEN, raw)
       end
-    elseif (state == 'C' or state == 'F') and #raw > 27 + size + (byte(raw, 28 + size) or #raw) then
+    elseif byte(raw, 1) == 210 then
+      if state == 'C' and #raw > 35 + size + (byte(raw, 36 + size) or #raw) then
+        magic, state, token, since, attempt, fingerprint, ttl_ends = unpack(KEPT, raw)
+        magic, expires = 209, 0
+      end
+    elseif (state == 'C' or state == 'F') and #raw > 27 + size + (byte(raw, 28 + size) or #raw)
+      or state == 'E' and #raw == 27 + size then
       magic, state, token, since, attempt, fingerprint = unpack(HEAD, raw)
       expires = 0
     end
@@ -57,6 +65,7 @@ end
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 local is_expired = raw and expires ~= 0 and expires <= now
+if ttl_ends and ttl_ends <= now then state, since = 'E', ttl_ends end
 local is_gone = not raw or state == 'W' or is_expired
 
 -- Store a running, unknown or withdrawn record; `expires` 0: it stays until it is settled.
