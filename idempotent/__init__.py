@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from idempotent.lock import Lock as Lock
     from idempotent.lock import LockInfo as LockInfo
     from idempotent.lock import serialized as serialized
+    from idempotent.otel import OpenTelemetryHook as OpenTelemetryHook
+    from idempotent.prometheus import PrometheusHook as PrometheusHook
     from idempotent.serializers import Compressed as Compressed
     from idempotent.serializers import Encrypted as Encrypted
     from idempotent.serializers import PickleSerializer as PickleSerializer
@@ -119,6 +121,8 @@ _HOMES = {
     "events": ("Event", "Hook", "log_event"),
     "keys": ("new_key",),
     "lock": ("AsyncHold", "AsyncLock", "Hold", "Lock", "LockInfo", "serialized"),
+    "otel": ("OpenTelemetryHook",),
+    "prometheus": ("PrometheusHook",),
     "serializers": ("Compressed", "Encrypted", "PickleSerializer", "Serializer"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

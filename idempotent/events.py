@@ -1,13 +1,14 @@
 """What happened, for logs, metrics and traces.
 
-A hook is any callable that takes an Event. Hooks are given to `configure(hooks=[...])`; the default is `log_event`.
+A hook is any callable that takes an Event. Hooks are given to `configure(hooks=[...])`; the default is `log_event`,
+and `OpenTelemetryHook` and `PrometheusHook` are there beside it.
 An event never holds an argument, a result or a readable key: the key appears as its digest.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 __all__ = ["Event", "EventName", "Hook", "log_event"]
 
@@ -49,7 +50,17 @@ class Event:
     """The class name of the error that caused the event; None: no error did."""
 
 
-Hook = Callable[[Event], None]
+class Hook(Protocol):
+    """What is told of every event: any callable that takes it. What it returns is not looked at.
+
+    It is called in the thread or task of the call, between its steps, so it should be quick and must not block an event
+    loop. What it raises is logged, and goes no further: a hook cannot break a call.
+    """
+
+    def __call__(self, event: Event, /) -> object:
+        """Take note of `event`."""
+        ...
+
 
 logger = logging.getLogger("idempotent")
 logger.addHandler(logging.NullHandler())  # an application that configures no logging is not written to

@@ -16,6 +16,7 @@ LAYERS = [
     ["_typed"],
     ["keys", "serializers"],
     ["events", "_signals", "_options"],
+    ["otel", "prometheus"],
     ["backends", "backends.base", "backends._loops", "backends._watchdog"],
     ["backends._listener"],
     ["backends.pubsub", "backends._notify", "backends._redis_links"],
