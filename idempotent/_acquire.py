@@ -39,25 +39,40 @@ _TIMES = 8
 async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
     """Claim the lock for `held`; False: `wait` seconds (None: no limit) ran out.
 
+    Whatever is raised, `withdraw` is to follow.
+
     Raises:
         LockError: the asking thread or task holds it.
         BackendUnavailable: the claim could not be confirmed.
     """
-    rooms, place, now = held.plan.rooms, Place(is_async=held.asker.is_async), driver.now()
+    now = driver.now()
+    place = held.place = Place(is_async=held.asker.is_async)
     until = None if wait is None else now + wait
-    try:
-        room, first = rooms.enter(held, place, now)
-        if (first or await _turn(driver, held, room, place, until)) and await _ask(driver, held, room, place, until):
-            return True
-    finally:
-        try:
-            rooms.leave(held, place, driver.now())
-        except BaseException:  # a signal handler's: nobody is to wait behind a place that is empty
-            rooms.leave(held, place, driver.now())
-            raise
+    room, first = held.plan.rooms.enter(held, place, now)
+    if (first or await _turn(driver, held, room, place, until)) and await _ask(driver, held, room, place, until):
+        leave(driver, held)
+        return True
+    await _pass_on(held)
+    leave(driver, held)
     await driver.still(held)
     held.report("busy")
     return False
+
+
+def leave(driver: Driver, held: Held) -> None:
+    """Take the place of `held` out of the line of its process. May be called twice."""
+    if held.place is not None:
+        held.plan.rooms.leave(held, held.place, driver.now())
+
+
+async def _pass_on(held: Held) -> None:
+    """Have the next process woken if this one stands in line, or was woken and has not claimed since."""
+    if held.in_line:
+        try:
+            await held.plan.backend.pass_on(held.rid)
+        except BackendError as error:  # those behind look again by themselves, if later
+            held.report("backend_error", error=error)
+        held.in_line = False
 
 
 async def _turn(driver: Driver, held: Held, room: Room, place: Place, until: float | None) -> bool:
@@ -107,6 +122,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
         except BackendError as error:
             held.report("backend_error", error=error)
             raise
+        held.in_line = False
         if isinstance(reply, Granted):
             held.fence = reply.token
             held.begun = now
@@ -142,6 +158,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
         place.trust(now, now + patience + trust)
         if plan.heartbeat and held.beating is None:
             driver.expect(held)
+        held.in_line = True
         try:
             await plan.backend.changed(rid, token=reply.token, timeout=patience)
         except BackendError as error:  # the next claim tells whether the backend is out
@@ -180,21 +197,26 @@ async def _still_ours(driver: Driver, held: Held) -> bool:
 
 
 async def withdraw(driver: Driver, held: Held, error: BaseException) -> None:
-    """End an acquisition that raised, so that nothing stays locked; never masks `error`.
+    """End an acquisition that raised, so that nothing stays locked and no wake-up is kept; never masks `error`.
 
     A server that does not answer makes a withdrawal cost a deadline more: not worth it unless the caller was
     interrupted, as the lease ends by itself.
     """
-    if held.inherited or held.over:
-        return
     try:
-        await driver.still(held)
-        if held.fence is not None and not held.claiming:
-            await release(driver, held)
-        elif held.claiming and (driver.now() < held.answer_due or not isinstance(error, Exception)):
-            await held.plan.backend.release(held.rid, attempt=held.attempt, token=None)
-    except (BackendError, NotHeld) as failure:
-        held.report("backend_error", error=failure)
+        if held.inherited or held.over:
+            return
+        try:
+            await driver.still(held)
+            if held.fence is not None and not held.claiming:
+                await release(driver, held)
+            elif held.claiming and (driver.now() < held.answer_due or not isinstance(error, Exception)):
+                await held.plan.backend.release(held.rid, attempt=held.attempt, token=None)
+        except (BackendError, NotHeld) as failure:
+            held.report("backend_error", error=failure)
+        # Before the next of this process comes first, who would be taken out of the line in its stead.
+        await _pass_on(held)
+    finally:
+        leave(driver, held)
 
 
 async def release(driver: Driver, held: Held) -> None:

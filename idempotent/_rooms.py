@@ -164,7 +164,9 @@ class Held:
         "fence",
         "forks",
         "given_up",
+        "in_line",
         "over",
+        "place",
         "plan",
         "release_sent",
         "rid",
@@ -187,6 +189,10 @@ class Held:
         """A claim was sent and its reply has not come."""
         self.answer_due = 0.0
         """Monotonic seconds at which a backend that answers at all would have answered the claim."""
+        self.place: Place | None = None
+        """Where it waits among those of its process."""
+        self.in_line = False
+        """It waits at the backend, or has been woken there and has not claimed since."""
         self.begun = 0.0
         """Monotonic seconds: before the claim was sent."""
         self.valid_until = 0.0

@@ -9,7 +9,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -181,6 +181,17 @@ _leaving: set[Any] = set()
 """Tasks that free locks whose blocks could not wait for it."""
 
 
+def _leave_behind(loop: "AbstractEventLoop", flow: Coroutine[Any, Any, object]) -> None:
+    """Run `flow` in a task of its own if `loop` runs here; else nobody can: leases and waits end by themselves."""
+    import asyncio
+
+    if asyncio._get_running_loop() is not loop:
+        flow.close()
+        return
+    _leaving.add(task := loop.create_task(flow))
+    task.add_done_callback(_leaving.discard)
+
+
 class AsyncHold(_Hold):
     """A lock that is held: what `AsyncLock.acquire` and `async with` give. Any task may use and release it."""
 
@@ -235,9 +246,7 @@ class AsyncHold(_Hold):
             held = self._held
             _drop(held)
             held.plan.rooms.give_up(held)
-            if asyncio._get_running_loop() is self._loop:  # or an asynchronous generator ends in its task
-                _leaving.add(task := self._loop.create_task(ending.run(_async())))
-                task.add_done_callback(_leaving.discard)
+            _leave_behind(self._loop, ending.run(_async()))  # or an asynchronous generator ends in its task
             return
         cancelled_too = False
         if self._cancelled and self._task is not None and self._task is asyncio.current_task():
@@ -361,8 +370,10 @@ async def _take_async(plan: Plan, rid: RecordId, wait: float | None) -> AsyncHol
         held.tell = functools.partial(_tell_async, hold._loop)
     try:
         return hold if await flow.acquire(driver, held, wait) else None
-    except GeneratorExit:  # the coroutine is thrown away and can await nothing: the lease is left to run out
+    except GeneratorExit as error:  # the coroutine is thrown away and can await nothing
         _drop(held)
+        flow.leave(driver, held)
+        _leave_behind(hold._loop, flow.withdraw(driver, held, error))
         raise
     except BaseException as error:
         await _aio.finish(functools.partial(flow.withdraw, driver, held, error))

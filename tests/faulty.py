@@ -74,6 +74,9 @@ class Faulty(Backend):
     async def changed(self, *args: Any, **kwargs: Any) -> Any:
         return await self._do("changed", *args, **kwargs)
 
+    async def pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        return await self.inner.pass_on(*args, **kwargs)
+
     def scan(self, **kwargs: Any) -> AsyncIterator[Any]:
         return self.inner.scan(**kwargs)
 

@@ -44,6 +44,7 @@ from idempotent import (
     LockTimeout,
     NotHeld,
     ProcessLocalWarning,
+    _acquire,
     _config,
     _rooms,
     configure,
@@ -1336,6 +1337,138 @@ def test_ctrl_c_while_waiting_takes_no_wake_up_with_it(backend_url: str, _fresh:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert min(took) <= limit, took
+
+
+class Deaf(Faulty):
+    """A backend whose claims, once it is deaf, are told to have failed later than an answer could have come."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner)
+        self.timeout = 0.05
+        self.is_deaf = False
+
+    def blocking(self) -> Backend:
+        self.inner = self.inner.blocking()
+        return self
+
+    def asynchronous(self) -> Backend:
+        self.inner = self.inner.asynchronous()
+        return self
+
+    async def claim(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_deaf:
+            return await super().claim(*args, **kwargs)
+        await asyncio.sleep(0.1) if asyncio._get_running_loop() else time.sleep(0.1)
+        raise BackendUnavailable("no answer")
+
+
+class StepsBack:
+    """Waiters on `backend` step back for long when they are woken, once `after` is set; others never do."""
+
+    def __init__(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.after = False
+        self.reached = threading.Event()
+        self.instead: Callable[[], float] = lambda: 30.0
+
+        def courtesy(plan: _rooms.Plan, room: _rooms.Room, now: float) -> float:
+            if not self.after or plan.rooms is not _rooms.rooms_of(backend):
+                return 0.0
+            self.reached.set()
+            return self.instead()
+
+        monkeypatch.setattr(_acquire, "_courtesy", courtesy)
+
+
+async def _until(reached: threading.Event, coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Run a coroutine in this task until `reached`, and leave it where it is."""
+    while True:
+        step = coroutine.send(None)
+        if reached.is_set():
+            return
+        if step is None:
+            await asyncio.sleep(0)
+        else:
+            step._asyncio_future_blocking = False
+            await asyncio.wait([step])
+
+
+@pytest.mark.parametrize("how", ["cancelled", "thrown away", "unanswered"])
+def test_a_woken_task_that_gives_up_before_it_has_claimed_takes_no_wake_up_with_it(
+    backend_url: str, how: str, _fresh: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 0.3 if backend_url.startswith(("local", "redis")) else 0.5
+
+    async def main() -> None:
+        holder, behind = (AsyncLock("l", backend=apart(backend_url, _fresh)) for _ in range(2))
+        took: list[float] = []
+        while len(took) < 5 and min(took, default=1) > limit:
+            ahead = Deaf(apart(backend_url, _fresh))
+            steps_back = StepsBack(ahead, monkeypatch)
+            hold = await holder.acquire()
+            assert hold is not None
+            waits = AsyncLock("l", backend=ahead).acquire()
+            if how == "thrown away":
+                first = asyncio.create_task(_until(steps_back.reached, waits))
+            else:
+                first = asyncio.create_task(waits)  # type: ignore[arg-type]
+            await asyncio.sleep(0.2)
+            second = asyncio.create_task(behind.acquire())
+            await asyncio.sleep(0.2)
+            ahead.is_deaf = how == "unanswered"
+            steps_back.after = not ahead.is_deaf
+            await hold.release()
+            if how == "unanswered":
+                with pytest.raises(BackendUnavailable):
+                    await first
+            else:
+                while not steps_back.reached.is_set():
+                    await asyncio.sleep(0.001)
+            began = time.monotonic()
+            if how == "cancelled":
+                await cancelled(first)
+            elif how == "thrown away":
+                await first
+                waits.close()
+            theirs = await second
+            assert theirs is not None
+            took.append(time.monotonic() - began)
+            await theirs.release()
+        assert min(took) <= limit, took
+        while not only_this_task():
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["interrupted", "unanswered"])
+def test_a_woken_thread_that_gives_up_before_it_has_claimed_takes_no_wake_up_with_it(
+    backend_url: str, how: str, _fresh: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 0.3 if backend_url.startswith(("local", "redis")) else 0.5
+    holder, behind = (Lock("l", backend=apart(backend_url, _fresh)) for _ in range(2))
+    took: list[float] = []
+
+    def interrupt() -> float:
+        raise KeyboardInterrupt
+
+    while len(took) < 5 and min(took, default=1) > limit:
+        ahead = Deaf(apart(backend_url, _fresh))
+        steps_back = StepsBack(ahead, monkeypatch)
+        steps_back.instead = interrupt
+        hold = start(holder.acquire).result(30)
+        first = start(Lock("l", backend=ahead).acquire)
+        time.sleep(0.2)
+        second = start(behind.acquire)
+        time.sleep(0.2)
+        ahead.is_deaf = how == "unanswered"
+        steps_back.after = not ahead.is_deaf
+        hold.release()
+        with pytest.raises(BackendUnavailable if ahead.is_deaf else KeyboardInterrupt):
+            first.result(30)
+        began = time.monotonic()
+        second.result(30).release()
+        took.append(time.monotonic() - began)
     assert min(took) <= limit, took
 
 

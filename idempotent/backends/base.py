@@ -157,6 +157,13 @@ class Backend(ABC):
         backend cannot be reached it waits a moment and returns; the caller's next claim tells.
         """
 
+    async def pass_on(self, rid: RecordId) -> None:  # noqa: B027  most stores wake everyone who waits
+        """Wake the next who waits in `changed` for a lock, if it is free: whoever waited here will not claim it.
+
+        For stores that wake one of those who wait, and not all: where that one leaves without having claimed, it has
+        taken the wake-up with it. Ends within half a second, or raises BackendUnavailable. Here: nothing.
+        """
+
     @abstractmethod
     def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         """Every record of the call space, in no order; those that come or go meanwhile may be missing."""

@@ -5,7 +5,6 @@ round trip each. Key and pub/sub channel of a record are the same string: prefix
 """
 
 import asyncio
-import contextlib
 import copy
 import errno
 import hashlib
@@ -71,7 +70,7 @@ _PLACE = 5.0
 """Seconds for which a place in a lock's line is kept after it was last asked for."""
 
 _LEAVING = 0.5
-"""Seconds that a waiter who is cancelled takes at the longest to leave the line."""
+"""Seconds that a waiter who gives up takes at the longest to leave the line."""
 
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
@@ -299,19 +298,13 @@ class RedisBackend(Backend):
             await poll(runs, link.sleep, timeout)
         elif rid.space == LOCKS:
             channel = f"{channel}#{self._turn}"
-            try:
-                await listener.changed(channel, link.waiter(), stands_in_line, link.sleep, timeout, self.timeout)
-            except GeneratorExit:  # thrown away: it can ask for nothing
-                raise
-            except BaseException:  # cancelled: no claim follows, and a wake-up must not end here
-                await self._leave_line(rid)
-                raise
+            await listener.changed(channel, link.waiter(), stands_in_line, link.sleep, timeout, self.timeout)
             self._forget_places()
         else:
             await listener.changed(channel, link.waiter(), runs, link.sleep, timeout, self.timeout)
 
-    async def _leave_line(self, rid: RecordId) -> None:
-        with contextlib.suppress(BackendError):  # those behind look again by themselves, if later
+    async def pass_on(self, rid: RecordId) -> None:
+        if self._listener is not None and rid.space == LOCKS:
             await self._run(_LEAVE, rid, (self._turn,), min(self.timeout, _LEAVING))
 
     def _forget_places(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
-from idempotent._record import Record
+from idempotent._record import Record, RecordId
 from idempotent._signals import Signals, TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend
 from idempotent.errors import BackendUnavailable
@@ -204,6 +204,9 @@ class FaultyBackend(Backend):
 
         async for record in await self._send("scan", begin):
             yield record
+
+    async def pass_on(self, rid: RecordId) -> None:
+        await self.inner.pass_on(rid)
 
     def close(self) -> None:
         self.inner.close()

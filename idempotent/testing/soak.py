@@ -199,6 +199,9 @@ class _Layer(Backend):
     async def changed(self, rid: RecordId, **options: Any) -> None:
         await self.inner.changed(rid, **options)
 
+    async def pass_on(self, rid: RecordId) -> None:
+        await self.inner.pass_on(rid)
+
     def scan(self, **filters: Any) -> AsyncIterator[Record]:
         return self.inner.scan(**filters)
 
