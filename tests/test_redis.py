@@ -23,6 +23,7 @@ from servers import Address, Server, start_redis
 from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, RedisBackend, current_call
 from idempotent._drive import drive
 from idempotent._record import SETTLED, Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
+from idempotent.backends import _redis_links
 from idempotent.backends._redis_links import _CONNECTIONS, _named
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -1232,3 +1233,12 @@ def test_a_ready_made_client_is_given_up_in_our_time_and_not_in_its_own(
         with pytest.raises(BackendUnavailable):
             commands.read(RecordId("n", "k"))
         assert time.monotonic() - began < 3
+
+
+def test_a_command_is_packed_as_redis_py_does_with_hiredis_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("EVALSHA", "sha", 1, "key é", b"", b"\x00\r\n\xff", 2**53, "", "\U0001f600")
+    expected = b"".join(redis.Connection().pack_command(*command))
+    packed = [b"".join(_redis_links._packed(command))]
+    monkeypatch.setattr(_redis_links, "pack_command", None)
+    packed.append(b"".join(_redis_links._packed(command)))
+    assert packed == [expected, expected]

@@ -7,11 +7,11 @@ replies may be asked for again.
 import asyncio
 import inspect
 import os
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import redis
@@ -25,6 +25,12 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._loops import PerLoop
 from idempotent.backends._watchdog import within
+
+pack_command: Any
+try:
+    from hiredis import pack_command
+except ImportError:
+    pack_command = None
 
 __all__ = ["AsyncLink", "Link", "SyncLink", "sync_pool"]
 
@@ -69,6 +75,22 @@ def sync_pool(url: str, timeout: float) -> redis.ConnectionPool:
     pool.connection_kwargs.update(options)
     _check_options(pool)
     return pool
+
+
+def _packed(command: tuple[Any, ...]) -> list[bytes]:
+    """`command` as it is sent: redis-py looks at each part in Python first."""
+    if pack_command is not None:
+        return [pack_command(command)]
+    parts = [part if type(part) is bytes else str(part).encode() for part in command]
+    return [b"*%d\r\n" % len(parts), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]]
+
+
+def _permits() -> "SimpleQueue[None]":
+    """One for each connection that there may be: taken and put back at a tenth of what a semaphore costs."""
+    permits: SimpleQueue[None] = SimpleQueue()
+    for _ in range(_CONNECTIONS):
+        permits.put(None)
+    return permits
 
 
 def _named(pool: Any) -> tuple[str, ...]:
@@ -132,13 +154,13 @@ class SyncLink:
         self._owned = owned
         self._named = _named(pool)
         self._idle = _Idle(pool)
-        self._free = threading.Semaphore(_CONNECTIONS)
+        self._free = _permits()
         _links.add(self)
 
     async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
         connection = whole = self._take(deadline) if self._owned else self._take_given(deadline)
         try:
-            connection.send_command(*command)
+            connection.send_packed_command(_packed(command))
             patience = getattr(connection, "socket_timeout", None)
             if patience is None or patience > deadline - time.monotonic():
                 if not connection.can_read(timeout=max(0.001, deadline - time.monotonic())):
@@ -155,12 +177,14 @@ class SyncLink:
             self._put(whole) if self._owned else self._pool.release(connection)
 
     def _take(self, deadline: float) -> Any:
-        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise RedisTimeoutError("no connection became free in time")
+        try:
+            self._free.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            raise RedisTimeoutError("no connection became free in time") from None
         try:
             return self._idle.take() or within(deadline, self._connect, _disconnect)
         except BaseException:
-            self._free.release()
+            self._free.put(None)
             raise
 
     def _connect(self) -> Any:
@@ -175,7 +199,7 @@ class SyncLink:
     def _put(self, connection: Any | None) -> None:
         if connection is not None:
             self._idle.put(connection)
-        self._free.release()
+        self._free.put(None)
         if self._idle.closed:
             self._disconnect_idle()
 
@@ -206,7 +230,7 @@ class SyncLink:
 
     def after_fork(self) -> None:
         self._idle.forget()
-        self._free = threading.Semaphore(_CONNECTIONS)
+        self._free = _permits()
 
 
 class AsyncLink:
@@ -243,7 +267,7 @@ class AsyncLink:
                 try:
                     if not connection.is_connected:
                         await connection.connect()
-                    await connection.send_command(*command)
+                    await connection.send_packed_command(_packed(command))
                     return await connection.read_response(disable_decoding=True)
                 except ResponseError:
                     raise
@@ -266,7 +290,7 @@ class AsyncLink:
             await _disconnect_given(pool)
             raise
         try:
-            await connection.send_command(*command)
+            await connection.send_packed_command(_packed(command))
             return await connection.read_response(disable_decoding=True)
         except ResponseError:
             raise

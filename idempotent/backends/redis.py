@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from importlib.resources import files
 from random import random
 from typing import Any
@@ -87,13 +87,13 @@ _OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS",
 class _Script:
     """A Lua file, with the shared ones that it needs before it: a server makes their functions anew at each call."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, at_once: tuple[str, ...] = ()) -> None:
         folder = files("idempotent.backends") / "lua"
-        self.source = b"\n".join((folder / f"{name}.lua").read_bytes() for name in ("record", *names))
+        self.source = b"\n".join((folder / f"{name}.lua").read_bytes() for name in ("get", *at_once, "record", *names))
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
 
-_CLAIM = _Script("lease", "claim")
+_CLAIM = _Script("lease", "claim", at_once=("settled",))
 _RENEW = _Script("owner", "lease", "renew")
 _SETTLE = _Script("owner", "wake", "settle")
 _RELEASE = _Script("wake", "release")
@@ -349,10 +349,10 @@ class RedisBackend(Backend):
         if isinstance(link, AsyncLink):
             await link.aclose()
 
-    async def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Any:
+    def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Coroutine[Any, Any, Any]:
         key = self._key(rid)
         keys = (2, key, f"{key}:line") if rid.space == LOCKS else (1, key)
-        return await self._send(("EVALSHA", script.sha, *keys, *ask), budget, script)
+        return self._send(("EVALSHA", script.sha, *keys, *ask), budget, script)
 
     async def _send(self, command: tuple[Any, ...], budget: float, script: _Script | None = None) -> Any:
         """The reply to `command`, sent again while that can help and `budget` seconds last."""

@@ -1,4 +1,4 @@
--- Runs first in every script: the record under KEYS[1] (see _record.py) and the time. Without tables and with as few
+-- Runs in every script: the record under KEYS[1] (see _record.py) and the time. Without tables and with as few
 -- functions as can be: making them costs more than all else here. Instants and durations: microseconds.
 -- A script validates first and writes last, as a failed one is not rolled back.
 
@@ -39,7 +39,6 @@ else -- fakeredis has none
 end
 
 local key = KEYS[1]
-local raw = call('GET', key)
 local magic, state, token, since, attempt, fingerprint, lease, lease_until, expires, owner, ttl_ends
 if raw then
   local size = byte(raw, 27)
