@@ -12,6 +12,7 @@ that raises leaves nothing of its own in the transaction, whatever the caller do
 and the claim released, or the error recorded if `error_ttl` names it.
 """
 
+import contextlib
 import copy
 import math
 import warnings
@@ -102,8 +103,8 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
     run.report("busy", token=reply.token)
     raise InProgress(
         rid.digest,
-        retry_after=reply.lease_left,
-        detail="it runs in this same transaction, or outside of any",
+        retry_after=reply.lease_left or 1.0,
+        detail="it runs in this same transaction, or has committed it midway",
     )
 
 
@@ -142,7 +143,7 @@ async def _settle(run: Run, place: CallersTransaction, value: Any) -> Replay:
         codec, body = flow.UNAVAILABLE, b"the backend refused to store it"
         answer = await complete(run.rid, attempt=run.attempt, token=token, codec=codec, body=body, ttl=plan.ttl)
     await place.keep()  # flushes what the function has left
-    place.over = True
+    place.close()
     stored = answer is Answer.DONE
     run.report("completed" if stored else "not_stored")
     if not stands:
@@ -160,16 +161,17 @@ async def _settle(run: Run, place: CallersTransaction, value: Any) -> Replay:
 async def abandon(_driver: Driver, run: Run, error: BaseException) -> None:
     """Undo what a call that raised has done in the transaction, then release its key or record the error.
 
-    Never masks `error`. Where even this fails, a note says that the transaction must be rolled back.
+    Never masks `error`. Where even this fails, a note says that the transaction must be rolled back, and its connection
+    is given up, so that nobody can commit half of it.
     """
     plan, place = run.plan, _place(run)
-    if run.token is None or place.over:
+    if place.token is None or place.over:
         return
     try:
         await place.undo()
         ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), None)
         if ttl is None or not run.raised or not isinstance(error, Exception):
-            await place.release(run.rid, attempt=run.attempt, token=run.token)
+            await place.release(run.rid, attempt=run.attempt, token=place.token)
             run.report("released", error=error)
         else:
             codec = flow.ERROR
@@ -178,9 +180,12 @@ async def abandon(_driver: Driver, run: Run, error: BaseException) -> None:
             except Exception as failure:
                 codec = flow.UNAVAILABLE
                 body = f"its error, {type(error).__name__}, could not be encoded: {why(failure)}".encode()
-            await place.fail(run.rid, attempt=run.attempt, token=run.token, codec=codec, body=body, ttl=ttl)
+            await place.fail(run.rid, attempt=run.attempt, token=place.token, codec=codec, body=body, ttl=ttl)
             run.report("failed", error=error)
+        place.close()
     except Exception as failure:
         run.report("backend_error", error=failure)
         error.add_note(f"idempotent: the transaction must be rolled back, as this call could not be undone: {failure}")
-    place.over = True
+        place.over = True
+        with contextlib.suppress(Exception):
+            await place.doom()

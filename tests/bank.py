@@ -123,10 +123,14 @@ class Bank:
 class Transaction:
     """A session, or with `plain` a connection, of the bank's colour."""
 
-    def __init__(self, bank: Bank, *, plain: bool = False, engine: Any = None, **options: Any) -> None:
+    def __init__(
+        self, bank: Bank, *, plain: bool = False, engine: Any = None, runner: Any = None, **options: Any
+    ) -> None:
+        """`engine`: another than the bank's, or a connection to join, with the `runner` that it lives in."""
         self.bank, self.plain, self.options = bank, plain, options
         self.engine = engine or bank.engine
-        self.runner = asyncio.Runner() if bank.is_async else None
+        self.joined = runner is not None
+        self.runner = runner or (asyncio.Runner() if bank.is_async else None)
         self.subject: Any = self.run(self._open)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -184,7 +188,7 @@ class Transaction:
         try:
             self.run(self.subject.close)
         finally:
-            if self.runner is not None:
+            if self.runner is not None and not self.joined:
                 self.runner.close()
 
 

@@ -8,10 +8,16 @@ until the earlier one's transaction has ended. A claim is three statements in a 
 3. decide with `_machine`, and write by compare-and-set.
 
 The clock is read after the wait, so that the token is higher than that of a run which was rolled back meanwhile.
+
+**No takeover within.** A running row that a claim can see is either of its own transaction, or was committed by a
+function in the middle of its work. The former is never dead: a claim on it is a call inside the call, or one after a
+call whose coroutine was thrown away, and running again would do the work twice in one transaction. The latter is taken
+over when its lease is over, unless its function still runs in this process.
 """
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 
 from idempotent import _machine as machine
-from idempotent._record import Answer, Claim, Record, RecordId, Row, State, describe
+from idempotent._record import Answer, Busy, Claim, Granted, Record, RecordId, Row, State, describe
 from idempotent.backends._engines import DIALECTS
 from idempotent.backends._statements import Statements, _row, records_table
 from idempotent.backends.sql import SQLBackend, _is_missing
@@ -106,8 +112,10 @@ class _Claims(Statements):
         now, *found = connection.execute(self._look, self._clocked({"b_id": rid.digest})).one()
         return (None if found[0] is None else _row(found)), int(now)
 
-    def claim(self, connection: Connection, rid: RecordId, ask: machine.Ask) -> Claim:
-        """Claim the record; waits while another transaction holds it."""
+    def claim(
+        self, connection: Connection, rid: RecordId, ask: machine.Ask, lives: Callable[[Connection, bytes], bool]
+    ) -> Claim:
+        """Claim the record; waits while another transaction holds it. `lives` says which attempts are not taken over."""
         values: dict[str, Any] = {
             "id": rid.digest,
             "space": rid.space,
@@ -126,6 +134,9 @@ class _Claims(Statements):
                 continue  # it was there, and has been purged
             placed = row.token == 0 and row.attempt == ask.attempt
             reply, changed = machine.on_claim(None if placed else row, ask, now)
+            theirs = row.state is State.RUNNING and row.attempt != ask.attempt
+            if isinstance(reply, Granted) and theirs and lives(connection, row.attempt):
+                return Busy(row.token, 0.0)
             if changed is None or self.swap(connection, rid, row, changed):
                 return reply
 
@@ -205,6 +216,12 @@ class CallersTransaction(SQLBackend):
         self.over = False
         """The call has ended, or failed to."""
         self.interrupted = False
+        self.token: int | None = None
+        """The token of the claim, known before the claim is confirmed: an interruption may come between."""
+        self._connection: Connection | None = None
+        self._attempt = b""
+        self._claims: set[bytes] = set()
+        """The attempts that have claimed in this transaction and have not ended, this call's among them."""
 
     async def on(self, work: Callable[[Subject], R]) -> R:
         """`work` on the session or connection, the async ones' sync inside."""
@@ -222,13 +239,29 @@ class CallersTransaction(SQLBackend):
                 try:
                     begun(connection)
                     with _savepoint(connection):
-                        return make.claim(connection, rid, ask)
+                        reply = make.claim(connection, rid, ask, _lives)
+                        if isinstance(reply, Granted):
+                            self._mark(connection, ask.attempt, reply.token)
                 except exc.DBAPIError as error:
                     if _is_blocked(error):
                         raise Blocked from error.orig
                     raise
+            return reply
 
         return await self._with_table(work)
+
+    def _mark(self, connection: Connection, attempt: bytes, token: int) -> None:
+        transaction = connection.get_transaction()
+        assert transaction is not None
+        self.token, self._connection = token, connection
+        self._attempt, self._claims = attempt, _claimed.setdefault(transaction, set())
+        self._claims.add(attempt)
+        _running[attempt] = self
+
+    def close(self) -> None:
+        """The call has ended, and its record with it."""
+        self.over = True
+        self._claims.discard(self._attempt)
 
     async def open(self) -> None:
         """Set the savepoint of the function's own work."""
@@ -254,6 +287,12 @@ class CallersTransaction(SQLBackend):
         savepoint = self._savepoint
         if savepoint is not None:
             await self.on(lambda _: savepoint.undo())
+
+    async def doom(self) -> None:
+        """Have the transaction end in a rollback, whatever its owner does: SQLAlchemy refuses to commit it."""
+        connection = self._connection
+        if connection is not None and not connection.closed:
+            await self.on(lambda _: connection.invalidate())
 
     async def read(self, rid: RecordId) -> Record | None:
         make = self._statements
@@ -330,6 +369,20 @@ class CallersTransaction(SQLBackend):
             ) from error
         except exc.DBAPIError:
             return  # others make it at the same moment, or we may not: the next try tells
+
+
+_running: "weakref.WeakValueDictionary[bytes, CallersTransaction]" = weakref.WeakValueDictionary()
+"""The calls of this process, by attempt, while they run."""
+_claimed: "weakref.WeakKeyDictionary[sa.Transaction, set[bytes]]" = weakref.WeakKeyDictionary()
+"""The attempts that have claimed in a transaction and have not ended, while it lasts."""
+
+
+def _lives(connection: Connection, attempt: bytes) -> bool:
+    """Whether that attempt's claim is of this very transaction, or its function runs in this process."""
+    place = _running.get(attempt)
+    transaction = connection.get_transaction()
+    mine = () if transaction is None else _claimed.get(transaction, ())
+    return attempt in mine or (place is not None and not place.over)
 
 
 @contextlib.contextmanager
