@@ -142,6 +142,61 @@ def test_a_duplicate_waits_for_the_first_transaction(bank: Bank) -> None:
     assert count(bank, PAYMENT) == 1
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("bank", [each for each in BANKS if each[0] != "sqlite"], ids="-".join, indirect=True)
+def test_who_has_read_before_the_first_transaction_ended_finds_its_row_or_is_told_of_the_conflict(
+    bank: Bank, level: str
+) -> None:
+    if (bank.kind, level) == ("mariadb", "SERIALIZABLE"):
+        level = "REPEATABLE READ"  # there who has read holds up who inserts, and no row can come between
+    insert = once(bank, Payment, "reference", {"reference": "r-1", "amount": 5})
+    with bank.transaction(engine=bank.make(isolation_level=level)) as late, bank.transaction() as first:
+        assert late.do(lambda session: session.execute(sa.select(PAYMENT)).all()) == []  # its snapshot
+        first.call(insert)
+        waiting = late.start(insert)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        first.commit()
+        if bank.kind in ("postgres", "asyncpg") and level != "READ COMMITTED":
+            with pytest.raises(exc.DBAPIError) as conflict:
+                waiting.result(30)
+            assert conflict.value.orig.sqlstate == "40001"
+            late.rollback()
+            row, created = late.call(insert)  # the whole transaction again
+        else:
+            row, created = waiting.result(30)
+        assert (row.amount, created) == (5, False)
+        late.commit()
+    assert count(bank, PAYMENT) == 1
+
+
+def test_of_many_who_insert_at_once_under_repeatable_read_one_has_made_the_row(bank: Bank) -> None:
+    level = "SERIALIZABLE" if bank.kind == "sqlite" else "REPEATABLE READ"
+    barrier, made = threading.Barrier(6), []
+
+    def run() -> None:
+        engine = bank.make(isolation_level=level)  # the first connection of an async one is its loop's
+        barrier.wait()
+        while True:
+            try:
+                with bank.transaction(engine=engine) as transaction:
+                    row, created = transaction.call(once(bank, Payment, "reference", {"reference": "r-1", "amount": 5}))
+                    found = (row.amount, created)
+                    transaction.commit()
+            except exc.DBAPIError:  # a conflict: the whole transaction again
+                continue
+            made.append(found)
+            return
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [(5, False)] * 5 + [(5, True)]
+    assert count(bank, PAYMENT) == 1
+
+
 @sync_banks
 def test_what_the_session_holds_back_is_seen(bank: Bank) -> None:
     with bank.transaction() as transaction:
