@@ -1,7 +1,7 @@
 """The applications that real servers run in the tests: `uvicorn http_service:payments`, `gunicorn http_service:flask_app`.
 
 What they do is told by the environment: IDEMPOTENT_TEST_BACKEND, the URL of the records; IDEMPOTENT_TEST_LEDGER, an
-SQLite file with the effects.
+SQLite file with the effects; IDEMPOTENT_TEST_LEASE, the seconds after which a dead worker's request may be taken over.
 """
 
 import asyncio
@@ -13,29 +13,34 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import flask
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from starlette.background import BackgroundTask
 
-from idempotent import current_call
+from idempotent import current_call, idempotent
 from idempotent.http import Response
 from idempotent.http.asgi import IdempotencyMiddleware, route_class
 from idempotent.http.wsgi import IdempotencyMiddleware as WSGIMiddleware
 
 BACKEND = os.environ["IDEMPOTENT_TEST_BACKEND"]
 LEDGER = os.environ["IDEMPOTENT_TEST_LEDGER"]
+LEASE = float(os.environ.get("IDEMPOTENT_TEST_LEASE", "30"))
+EFFECTS = "CREATE TABLE IF NOT EXISTS effects (number INTEGER PRIMARY KEY, text TEXT)"
 ACCOUNTS = {"token-alice": "alice", "token-bob": "bob"}
 
 
 def write(text: str) -> int:
     """One effect in the ledger, and its number."""
     with contextlib.closing(sqlite3.connect(LEDGER, timeout=30)) as ledger, ledger:
-        ledger.execute("CREATE TABLE IF NOT EXISTS effects (number INTEGER PRIMARY KEY, text TEXT)")
+        ledger.execute(EFFECTS)
         return ledger.execute("INSERT INTO effects (text) VALUES (?)", (text,)).lastrowid or 0
 
 
-# The payment service: account by token, then the key, then the payment.
+# The payment service: account by token, then the key, then the payment. A request is taken over when its worker has
+# died, so it may run twice; the ledger's own record, which commits with the entry, is why it is charged once.
 
 
 class Payment(BaseModel):
@@ -64,9 +69,21 @@ def account_of(request: Any) -> str:
 
 
 router = APIRouter(
-    route_class=route_class(scope=account_of, backend=BACKEND, required=True, wait=30, docs_url="/docs#keys"),
+    route_class=route_class(
+        scope=account_of, backend=BACKEND, required=True, wait=30, lease=LEASE, docs_url="/docs#keys"
+    ),
     responses={401: {"description": "Not authenticated"}, 402: {"description": "Declined"}},
 )
+
+
+ledger = create_async_engine(f"sqlite+aiosqlite:///{LEDGER}", connect_args={"timeout": 30})
+
+
+@idempotent(within="session", key="{payment}", namespace="ledger")
+async def enter(session: AsyncSession, payment: str, text: str) -> int:
+    await session.execute(sa.text(EFFECTS))
+    entry = await session.execute(sa.text("INSERT INTO effects (text) VALUES (:text) RETURNING number"), {"text": text})
+    return int(entry.scalar_one())
 
 
 @router.post("/payments", status_code=201)
@@ -76,9 +93,12 @@ async def pay(payment: Payment, who: Annotated[str, Depends(account)]) -> Receip
     if payment.order == "declined":
         raise HTTPException(402, "declined")
     await asyncio.sleep(0.05)
-    number = await asyncio.to_thread(write, f"{who} {payment.order}")
+    async with AsyncSession(ledger) as session, session.begin():
+        entered = await enter.outcome(session, call.downstream_key("ledger"), f"{who} {payment.order}")
+    if payment.order == "crash" and not entered.replayed:
+        await asyncio.Event().wait()  # to be killed here: it is charged, and nobody was told
     return Receipt(
-        number=number, order=payment.order, cents=payment.cents, provider_key=call.downstream_key("provider")
+        number=entered.value, order=payment.order, cents=payment.cents, provider_key=call.downstream_key("provider")
     )
 
 
@@ -135,6 +155,7 @@ asgi_app.add_middleware(
     IdempotencyMiddleware,
     scope=lambda request: request.headers.get("authorization", "nobody"),
     backend=BACKEND,
+    lease=LEASE,
     max_body=100_000,
     paths=["!/echo/untouched"],
 )
@@ -189,5 +210,6 @@ flask_app.wsgi_app = WSGIMiddleware(  # type: ignore[method-assign]
     flask_app.wsgi_app,
     scope=lambda request: request.headers.get("authorization", "nobody"),
     backend=BACKEND,
+    lease=LEASE,
     max_body=100_000,
 )

@@ -1,6 +1,7 @@
 """Real servers over real sockets: uvicorn and gunicorn, keep-alive, chunks, clients that leave, workers that race."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+
+from idempotent.http.client import IdempotencyAdapter
 
 TESTS = Path(__file__).parent
 HERE = ("127.0.0.1",)
@@ -22,7 +26,7 @@ HERE = ("127.0.0.1",)
 class Running:
     """A server of ours; `http` of it is one keep-alive connection."""
 
-    def __init__(self, command: list[str], port: int, directory: Path, backend: str) -> None:
+    def __init__(self, command: list[str], port: int, directory: Path, backend: str, **environment: str) -> None:
         self.port = port
         self.ledger = directory / "ledger.db"
         self._log = directory / "server.log"
@@ -32,6 +36,7 @@ class Running:
             "IDEMPOTENT_TEST_LEDGER": str(self.ledger),
             "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))),
             "PYTHONDONTWRITEBYTECODE": "1",
+            **environment,
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -55,6 +60,14 @@ class Running:
         while self.effects() != list(texts) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert self.effects() == list(texts), self._log.read_text()
+
+    def kill_worker(self) -> None:
+        """SIGKILL for the process that serves: gunicorn's only worker, which is replaced, or uvicorn itself."""
+        master = self._process.pid
+        workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+        os.kill(int(workers[0]) if workers else master, signal.SIGKILL)
+        if not workers:
+            self._process.wait()
 
     def connect(self) -> "Connection":
         return Connection(self.port)
@@ -330,3 +343,56 @@ def test_40_duplicates_on_2_gunicorn_workers_have_one_effect(shared_url: str, tm
     assert len({body for status, _, body in answers if status == 200}) == 1
     assert answers[-1][1]["idempotency-replayed"] == "true"
     assert running.effects() == ["echo"]
+
+
+@pytest.mark.parametrize("kind", ["uvicorn", "gunicorn"])
+def test_a_request_whose_worker_is_killed_is_in_progress_for_its_lease_and_then_runs_again(
+    kind: str, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        first, second = (killable(kind, "asgi_app", tmp_path, stack, lease=4) for _ in range(2))
+        connection = stack.enter_context(contextlib.closing(first.connect()))
+        connection.send("/slow")
+        first.await_effects("slow begins")
+        first.kill_worker()
+        with requests.Session() as session:
+            session.mount("http://", IdempotencyAdapter(retries=0))
+            headers = {"Idempotency-Key": "k", "Content-Type": "application/json"}
+            told = session.post(f"http://{HERE[0]}:{second.port}/slow", b"{}", headers=headers)
+            assert (told.status_code, told.headers["content-type"]) == (409, "application/problem+json")
+            assert told.json()["type"] == "urn:idempotent:in-progress"
+            assert 1 <= int(told.headers["retry-after"]) <= 4
+            session.mount("http://", IdempotencyAdapter())  # which comes back when it was told to
+            answers = [session.post(f"http://{HERE[0]}:{second.port}/slow", b"{}", headers=headers) for _ in range(2)]
+        assert [(answer.status_code, answer.text) for answer in answers] == [(200, "2")] * 2
+        assert answers[1].headers["idempotency-replayed"] == "true"
+        second.await_effects("slow begins", "slow begins", "slow ends")
+
+
+@pytest.mark.parametrize("shared_url", ["sqlite", "redis"], indirect=True)
+def test_a_payment_whose_worker_is_killed_after_the_charge_is_charged_once(shared_url: str, tmp_path: Path) -> None:
+    payment, token = b'{"order": "crash", "cents": 500}', "Authorization: token-alice"
+    with contextlib.ExitStack() as stack:
+        first, second = (
+            killable("uvicorn", "payments", tmp_path, stack, lease=2, backend=shared_url) for _ in range(2)
+        )
+        connection = stack.enter_context(contextlib.closing(first.connect()))
+        connection.send("/payments", payment, "storm", token)
+        first.await_effects("alice crash")
+        first.kill_worker()
+        answers = storm(second, 50, "/payments", payment, token)
+        assert {(status, body) for status, _, body in answers} == {(201, answers[0][2])}
+        assert json.loads(answers[0][2])["number"] == 1
+        assert sum("idempotency-replayed" in headers for _, headers, _ in answers) == 49
+        assert second.effects() == ["alice crash"]
+
+
+def killable(
+    kind: str, app: str, directory: Path, stack: contextlib.ExitStack, *, lease: int, backend: str | None = None
+) -> Running:
+    port = free_port()
+    command = uvicorn(app, port) if kind == "uvicorn" else gunicorn("flask_app", port)
+    backend = backend or f"sqlite:///{directory}/records.db"
+    running = Running(command, port, directory, backend, IDEMPOTENT_TEST_LEASE=str(lease))
+    stack.callback(running.stop)
+    return running
