@@ -4,10 +4,11 @@ Within one process duplicates meet in a Flight before the backend is asked: one 
 decodes its own copy of what the leader recorded.
 """
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
@@ -324,14 +325,27 @@ class Running:
     def __init__(self, driver: Driver, run: Run) -> None:
         self._call = Call(driver, run)
 
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """Around a part of what the function does, where more of it comes later; `end` ends it."""
+        token = _current.set(self._call)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def end(self, *, raised: bool) -> None:
+        """The function has ended."""
+        self._call._over = True
+        self._call._run.raised = raised
+
     def __enter__(self) -> None:
         self._token = _current.set(self._call)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._call._over = True
-        self._call._run.raised = error is not None
+        self.end(raised=error is not None)
         try:
             _current.reset(self._token)
         except ValueError:

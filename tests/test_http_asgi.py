@@ -580,6 +580,7 @@ def test_a_length_over_the_cap_makes_a_stream_of_the_first_part(length: bytes) -
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+            assert client.status == 200
             await send({"type": "http.response.body", "body": b"x" * 5, "more_body": True})
             assert client.body == b"xxxxx"  # nothing is held back
             await send({"type": "http.response.body", "body": b"x" * 6})
@@ -589,6 +590,113 @@ def test_a_length_over_the_cap_makes_a_stream_of_the_first_part(length: bytes) -
         assert (b"idempotency-stored", b"false") in client.headers
 
     asyncio.run(main())
+
+
+def test_the_headers_of_an_event_stream_do_not_wait_for_its_first_event() -> None:
+    async def main() -> None:
+        client, event = Client(), asyncio.Event()
+
+        async def parts() -> Any:
+            assert (client.status, client.sent[1:]) == (200, [])
+            await event.wait()
+            yield b"data: 1\n\n"
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            from starlette.responses import StreamingResponse
+
+            await StreamingResponse(parts(), media_type="text/event-stream")(scope, receive, send)
+
+        middleware = served(app)
+        run = asyncio.ensure_future(middleware(scope_of(), client.receive, client.send))
+        while not client.sent:
+            await asyncio.sleep(0)
+        assert (b"idempotency-stored", b"false") in client.headers
+        again = Client()
+        await middleware(scope_of(), again.receive, again.send)
+        assert b"urn:idempotent:in-progress" in again.body
+        event.set()
+        await run
+        assert client.body == b"data: 1\n\n"
+        again = Client()
+        await middleware(scope_of(), again.receive, again.send)
+        assert b"urn:idempotent:result-unavailable" in again.body
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["gzip inside", "gzip outside"])
+def test_a_compressed_answer_is_replayed_as_it_was(inside: bool) -> None:
+    from starlette.middleware.gzip import GZipMiddleware
+
+    async def main() -> None:
+        runs: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            from starlette.responses import JSONResponse
+
+            runs.append(scope)
+            await JSONResponse({"number": len(runs), "text": "x" * 5000})(scope, receive, send)
+
+        whole: Any = served(GZipMiddleware(app)) if inside else GZipMiddleware(served(app))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(whole), base_url="http://shop") as client:
+            first, again = [await client.post("/pay", headers={"idempotency-key": "k"}) for _ in range(2)]
+            assert first.json() == again.json() == {"number": 1, "text": "x" * 5000}
+            for answer in (first, again):
+                assert answer.headers["content-encoding"] == "gzip"
+                assert int(answer.headers["content-length"]) < 500
+                assert "accept-encoding" in answer.headers["vary"].lower()
+            assert again.headers["idempotency-replayed"] == "true"
+            plain = await client.post("/pay", headers={"idempotency-key": "k", "accept-encoding": "identity"})
+            # What is kept is what came out of the application: outside, each answer is compressed for its own client.
+            assert plain.headers.get("content-encoding") == ("gzip" if inside else None)
+            assert plain.json()["number"] == 1
+        assert len(runs) == 1
+
+    asyncio.run(main())
+
+
+def test_two_mounts_of_one_application_never_answer_for_each_other() -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    async def main(whole: Any, app: App) -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(whole), base_url="http://shop") as client:
+            answers = [await client.post(path, headers={"idempotency-key": "k"}) for path in ("/a/pay", "/b/pay") * 2]
+        assert [answer.status_code for answer in answers] == [200, 422, 200, 422]
+        assert answers[2].headers["idempotency-replayed"] == "true"
+        assert app.runs == 1
+
+    app = App()
+    inner = served(app, backend=LocalBackend(), paths=["/a/*", "/b/*"], required=True)
+    asyncio.run(main(Starlette(routes=[Mount("/a", inner), Mount("/b", inner)]), app))
+
+    app = App()
+    mounted = served(app, backend=LocalBackend(), paths=["/a/*", "/b/*"], required=True)
+
+    async def dispatcher(scope: Any, receive: Any, send: Any) -> None:  # one that takes the prefix off, as some do
+        await mounted({**scope, "root_path": scope["path"][:2], "path": scope["path"][2:]}, receive, send)
+
+    asyncio.run(main(dispatcher, app))
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "whole"),
+    [
+        ("", "/pay", "/pay"),
+        ("/", "/pay", "/pay"),
+        ("/api", "/api/pay", "/api/pay"),
+        ("/api/", "/api/pay", "/api/pay"),
+        ("/api", "/api", "/api"),
+        ("/api", "/pay", "/api/pay"),
+        ("/api", "/apiary", "/api/apiary"),
+    ],
+)
+def test_a_path_has_its_root_in_front(root: str, path: str, whole: str) -> None:
+    seen: list[str] = []
+    middleware = served(App(), scope=lambda request: seen.append(request.path) or "alice")
+    client = Client()
+    asyncio.run(middleware({**scope_of(path=path), "root_path": root}, client.receive, client.send))
+    assert seen == [whole]
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -819,6 +927,9 @@ async def _async_paths(request: Any) -> bool:
         ({"paths": ["pay"]}, "paths"),
         ({"required": 1}, "required"),
         ({"header": "a b"}, "header"),
+        ({"header": "Authorization"}, "header"),
+        ({"header": "content-length"}, "header"),
+        ({"paths": []}, "paths must name one at least"),
         ({"ttl": 0}, "ttl"),
         ({"error_ttl": -1}, "error_ttl"),
         ({"lease": "5"}, "lease"),

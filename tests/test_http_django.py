@@ -52,6 +52,9 @@ def slow_sync(request: HttpRequest) -> HttpResponse:
     return pay(request)
 
 
+async def _probe(call: Any) -> Any: ...
+
+
 def form(request: HttpRequest) -> HttpResponse:
     RUNS.append((request.POST.dict(), {name: file.read() for name, file in request.FILES.items()}))
     return HttpResponse(str(len(RUNS)))
@@ -194,6 +197,7 @@ def test_the_middleware_is_of_both_colours() -> None:
         ({"scope": "nowhere.scope"}, "nowhere"),
         ({"scope": GLOBAL, "ttl": 0}, "ttl"),
         ({"scope": GLOBAL, "tll": 1}, "tll"),
+        ({"scope": GLOBAL, "on_crash": _probe}, "probe .* is async"),
     ],
 )
 def test_wrong_settings_are_told_by_name(given: Any, message: str) -> None:

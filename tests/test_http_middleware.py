@@ -386,6 +386,40 @@ def test_a_scope_that_names_nobody_is_an_error_and_nothing_runs(stack_type: type
     assert stack.effects == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Response(401, [("www-authenticate", "Bearer")]), "headers that are no list of pairs of bytes"),  # type: ignore[list-item]
+        (Response(401, {"www-authenticate": "Bearer"}), "headers that are no list of pairs of bytes"),  # type: ignore[arg-type]
+        (Response(401, body="who?"), "a body of str"),  # type: ignore[arg-type]
+        (Response("401"), "a status of '401'"),  # type: ignore[arg-type]
+        (Response(99), "a status of 99"),
+    ],
+    ids=["lines", "headers", "body", "status", "number"],
+)
+def test_a_scope_that_refuses_by_what_is_no_response_is_an_error_that_says_what(
+    stack_type: type[Stack], answer: Response, message: str
+) -> None:
+    stack = stack_type(backend=LOCAL, scope=lambda request: answer)
+    try:
+        assert stack.post(key="k").status == 500
+    except TypeError as error:
+        assert message in str(error)
+    assert stack.effects == []
+
+
+def test_a_refusals_repeated_lines_stay_lines(stack_type: type[Stack]) -> None:
+    lines = [
+        (b"set-cookie", b"a=1; Path=/"),
+        (b"set-cookie", b"b=2"),
+        (b"link", b"</a>; rel=a"),
+        (b"link", b"</b>; rel=b"),
+    ]
+    answer = stack_type(backend=LOCAL, scope=lambda request: Response(401, lines)).post(key="k")
+    assert answer.all("set-cookie") == ["a=1; Path=/", "b=2"]
+    assert answer.all("link") == ["</a>; rel=a", "</b>; rel=b"]
+
+
 def test_a_scope_too_long_for_a_key_is_refused(stack_type: type[Stack]) -> None:
     stack = stack_type(backend=LOCAL)
     answer = stack.post(key="k", headers=[("x-user", "x" * 2000)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from idempotent import LocalBackend
+from idempotent import LocalBackend, current_call
 from idempotent._drive import drive
 from idempotent.http import GLOBAL
 from idempotent.http.wsgi import IdempotencyMiddleware
@@ -235,6 +235,39 @@ def test_a_stream_is_sent_as_it_comes_and_keeps_the_key_until_it_ends() -> None:
     assert call.finish() == b"onetwo"
     assert log == ["one", "two", "closed"]
     assert b"urn:idempotent:result-unavailable" in Call(middleware).finish()
+
+
+def test_the_call_is_current_in_every_part_of_a_stream_and_not_between() -> None:
+    seen: list[Any] = []
+
+    def parts() -> Iterator[bytes]:
+        try:
+            for part in (b"one", b"two", b"three"):
+                seen.append(current_call())
+                yield part
+        finally:
+            seen.append(current_call())
+
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        seen.append(current_call())
+        return parts()
+
+    call = Call(served(app))
+    assert current_call() is None
+    assert [next(call.parts), next(call.parts)] == [b"one", b"two"]
+    assert current_call() is None
+    call.close()  # the client leaves
+    assert len(seen) == 4
+    assert seen[0] is not None
+    assert all(each is seen[0] for each in seen[:3])
+
+
+def test_a_probe_that_is_async_is_refused_at_once() -> None:
+    async def probe(call: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match="probe .* is async, and a sync middleware cannot await it"):
+        served(App(), on_crash=probe)
 
 
 def test_a_stream_whose_client_leaves_counts_as_done() -> None:

@@ -32,6 +32,7 @@ LAYERS = [
     ["lock"],
     ["_within"],
     ["decorator"],
+    ["http._fields"],
     ["http._rules"],
     ["http._exchange"],
     ["http._tasks"],

@@ -13,6 +13,7 @@ from idempotent._run import Driver, Plan, Run, Running, flights_of
 from idempotent._types import Stats
 from idempotent.errors import LeaseLost, ResultUnavailable
 from idempotent.http._rules import NOT_STORED, Options, RawHeaders, Refused, Request, Response, Rules
+from idempotent.http._rules import is_async as awaits
 
 __all__ = ["Exchange", "NotKept", "Service", "Verdict"]
 
@@ -36,6 +37,8 @@ class Service:
     def __init__(self, driver: Driver, options: Options, *, is_async: bool) -> None:
         self.rules = Rules.checked(options)
         config.checked({"backend": self.rules.backend, "on_crash": self.rules.on_crash})
+        if not is_async and awaits(self.rules.on_crash):
+            raise TypeError(f"the probe {self.rules.on_crash!r} is async, and a sync middleware cannot await it")
         self.driver = driver
         self.is_async = is_async
         self.stats = Stats()

@@ -4,7 +4,6 @@ The flow is written once, as `async def`; sync clients drive it.
 """
 
 import contextlib
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from idempotent._options import Duration, seconds
+from idempotent.http._fields import checked_name, is_token
 from idempotent.keys import check_key, new_key
 
 __all__ = ["Policy", "Reply", "idempotency_scope", "is_in_progress", "retried"]
@@ -26,7 +26,6 @@ _scope: ContextVar[str | None] = ContextVar("idempotent_http_scope", default=Non
 SMALL = 1 << 20
 """Bytes up to which an answer of known length is read at once, so that one that is cut short counts as lost."""
 _AGAIN = frozenset((425, 429, 500, 502, 503, 504))
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110: the name of a field or a method
 
 
 @contextlib.contextmanager
@@ -94,17 +93,15 @@ class Policy:
             raise TypeError(f"methods must be a tuple of methods, not {methods!r}")
         named = frozenset(methods)
         for method in named:
-            if not _is_token(method) or method != method.upper():
+            if not is_token(method) or method != method.upper():
                 raise ValueError(f"methods must be HTTP methods in capitals, not {method!r}")
-        if not _is_token(header):
-            raise ValueError(f"header must be the name of a header field, not {header!r}")
         if not isinstance(quoted, bool):
             raise TypeError(f"quoted must be True or False, not {quoted!r}")
         self.retries = retries
         self.backoff = seconds("backoff", backoff)
         self.max_pause = seconds("max_pause", max_pause)
         self.methods = named
-        self.header = header
+        self.header = checked_name("header", header)
         self.quoted = quoted
 
     def field_for(self, method: str, url: str) -> str:
@@ -133,10 +130,6 @@ class Policy:
         if asked is None:
             return pause
         return None if asked > self.max_pause else asked + random() * min(self.backoff, 1.0)
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, str) and _TOKEN.fullmatch(value) is not None
 
 
 def _seconds_of(retry_after: str) -> float | None:

@@ -31,6 +31,7 @@ from idempotent.errors import (
     ResultUnavailable,
     SerializationError,
 )
+from idempotent.http._fields import checked_name, is_token
 from idempotent.keys import check_key
 from idempotent.serializers import Codec, Serializer, codec_around
 
@@ -83,7 +84,7 @@ class Request:
     method: str
     """In capitals."""
     path: str
-    """Decoded, with the prefix that the application is mounted under."""
+    """Decoded, with the prefix that the application is mounted under: two mounts of one application differ in it."""
     query: str
     """As it came, without the question mark."""
     headers: Headers
@@ -108,7 +109,7 @@ class Options(TypedDict, total=False):
     backend: where records live, a Backend or its URL. None: what `configure` or `IDEMPOTENT_URL` say.
     namespace: what keys are unique within, beside the scope. Default "http"; one for each service on a shared store.
     methods: those that are served; others are left alone. Default POST and PATCH.
-    paths: those that are served. None: all. A list of paths, in which `*` stands for any text and a leading `!` takes
+    paths: those that are served. None: all. A list of one path or more, in which `*` stands for any text and a leading `!` takes
         out; or a callable on the Request that returns whether it is served.
     required: whether a served request without a key is refused with 400. Default False: it is left alone.
     header: the name of the field. Default Idempotency-Key.
@@ -153,7 +154,6 @@ class Options(TypedDict, total=False):
 SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "CONNECT"))
 """Methods without an effect to do once, or none of which an answer could be kept."""
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110: the name of a field or a method
 _BARE = re.compile(rb"[!#-+\--:<-~]+")  # visible ASCII without '"', ',' and ';'
 _VISIBLE = re.compile(r"[!-~]+")
 _URL = re.compile(r"[!#-;=?-~]+")  # no space, quotes or angle brackets
@@ -342,7 +342,7 @@ class Rules:
             methods=_methods(given.pop("methods", ("POST", "PATCH"))),
             served=_served(given.pop("paths", None)),
             required=_flag("required", given.pop("required", False)),
-            header=_name("header", given.pop("header", "Idempotency-Key")),
+            header=checked_name("header", given.pop("header", "Idempotency-Key")),
             ttl=seconds("ttl", given.pop("ttl", 86_400)),
             error_ttl=seconds("error_ttl", given.pop("error_ttl", 60), zero=True),
             lease=seconds("lease", given.pop("lease", 30)),
@@ -389,7 +389,7 @@ class Rules:
         """What the record is named within the namespace. Raises Refused, and what the scope callable raises."""
         who = self.scope if isinstance(self.scope, Global) else self.scope(request)
         if isinstance(who, Response):
-            raise Refused(who)
+            raise Refused(_checked_refusal(who))
         if not isinstance(who, (str, Global)) or who == "":
             raise TypeError(
                 f"scope= must return who is asking, as text that is not empty, and gave {type(who).__name__} for"
@@ -481,6 +481,23 @@ def problem(kind: str, *, header: str, max_body: int, docs_url: str | None) -> R
     return Response(status, headers, body)
 
 
+def _checked_refusal(answer: Any) -> Response:
+    """What a `scope` callable refuses with. Raises TypeError for what no server could send."""
+    wrong = None
+    if isinstance(answer.status, bool) or not isinstance(answer.status, int) or not 200 <= answer.status <= 599:
+        wrong = f"a status of {answer.status!r}, which must be a number from 200 to 599"
+    elif not isinstance(answer.body, bytes):
+        wrong = f"a body of {type(answer.body).__name__}, which must be bytes"
+    elif not isinstance(answer.headers, list) or not all(
+        isinstance(line, (tuple, list)) and len(line) == 2 and all(isinstance(part, bytes) for part in line)
+        for line in answer.headers
+    ):
+        wrong = "headers that are no list of pairs of bytes, as [(b'www-authenticate', b'Bearer')] is"
+    if wrong is not None:
+        raise TypeError(f"scope= refused the request by a Response with {wrong}")
+    return cast("Response", answer)
+
+
 def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004  an object whose __call__ is async is async
@@ -502,7 +519,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _name(option: str, value: Any) -> str:
-    if not isinstance(value, str) or not _TOKEN.fullmatch(value):
+    if not is_token(value):
         raise ValueError(f"{option} must be the name of a header field, not {value!r}")
     return value
 
@@ -527,7 +544,7 @@ def _methods(given: Any) -> frozenset[str]:
     if not methods:
         raise ValueError("methods must name one at least; without any no request is served")
     for method in methods:
-        if not isinstance(method, str) or not _TOKEN.fullmatch(method) or method != method.upper():
+        if not is_token(method) or method != method.upper():
             raise ValueError(f"methods must be HTTP methods in capitals, not {method!r}")
         if method in SAFE:
             raise ValueError(f"methods must not name {method}: it changes nothing that a key could protect")
@@ -563,6 +580,8 @@ def _matcher(paths: Any) -> Callable[[str], bool]:
         if not isinstance(path, str) or not path.removeprefix("!").startswith(("/", "*")):
             raise ValueError(f"paths must begin with '/', after a '!' where they are taken out, not {path!r}")
         (unwanted if path.startswith("!") else wanted).append(path.removeprefix("!"))
+    if not wanted and not unwanted:
+        raise ValueError("paths must name one at least; without any no request is served, and None serves all")
     yes, no = _pattern(wanted or ["*"]), _pattern(unwanted)
     return lambda path: yes.fullmatch(path) is not None and no.fullmatch(path) is None
 
@@ -629,7 +648,7 @@ def describe(
         for method, found in item.items():
             if method not in wanted or not match(path):
                 continue
-            extra = operation(header=_name("header", header), required=required)
+            extra = operation(header=checked_name("header", header), required=required)
             parameters = found.setdefault("parameters", [])
             if not any(str(each.get("name", "")).lower() == header.lower() for each in parameters):
                 parameters.extend(extra["parameters"])

@@ -93,7 +93,7 @@ async def _exchange(service: Service, scope: Scope, receive: Receive) -> Exchang
         return None
     query = scope.get("query_string", b"").decode("latin-1")
     scope["headers"] = list(scope["headers"])  # any iterable, as ASGI says, and it may give them only once
-    request = Request(scope["method"], scope["path"], query, Headers(scope["headers"]), scope)
+    request = Request(scope["method"], _path(scope), query, Headers(scope["headers"]), scope)
     key = service.key_of(request)
     if key is None:
         return None
@@ -112,6 +112,12 @@ async def _exchange(service: Service, scope: Scope, receive: Receive) -> Exchang
             parts.append(part)
         more = message.get("more_body", False)
     return Exchange(service, request, key, b"".join(parts))
+
+
+def _path(scope: Scope) -> str:
+    """The whole path: as ASGI says it has `root_path` in front, which some who mount applications take off."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path if path == root or path.startswith(root + "/") else root + path
 
 
 async def _answer(send: Send, response: Response) -> None:
@@ -145,7 +151,7 @@ class _Taken:
     """What the application receives and sends: the whole request, and an answer that is held back until it is recorded.
 
     A stream (an answer in parts whose length is not said) and what is larger than `max_response` is passed on as it
-    comes, and recorded as done when the application returns.
+    comes, and recorded as done when the application returns. Where the headers tell it, they go out at once.
     """
 
     def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
@@ -180,34 +186,43 @@ class _Taken:
         elif kind == "http.response.start":
             # Any iterable, as ASGI says, and it may give them only once.
             self._start = {**message, "headers": list(message.get("headers", ()))}
+            if self._is_never_kept(self._start):
+                await self._begin_to_stream(self._start)
         elif self._start is not None:
             more = message.get("more_body", False)
             part = bytes(message.get("body", b""))
             self._parts.append(part)
             self._size += len(part)
             if self._is_too_much(self._start, more=more):
-                await self._begin_to_stream(self._start, more=more)
+                await self._begin_to_stream(self._start)
+                await self._pass_on({"type": "http.response.body", "body": b"".join(self._parts), "more_body": more})
+                self._parts.clear()
             elif not more:
                 await self._finish(self._start)
+
+    def _is_never_kept(self, start: Message) -> bool:
+        """Whether the headers say that the answer is a stream, or too long."""
+        headers = Headers(start["headers"])
+        length = headers.get("content-length", "0")
+        return (
+            headers.get("content-type", "").lower().startswith("text/event-stream")
+            or not length.isdecimal()
+            or int(length) > self._exchange.service.rules.max_response
+        )
 
     def _is_too_much(self, start: Message, *, more: bool) -> bool:
         limit = self._exchange.service.rules.max_response
         if self._size > limit:
             return True
-        length = Headers(start.get("headers", ())).get("content-length")
-        if length is None:
-            return more and start["status"] not in BODILESS
-        return not length.isdecimal() or int(length) > limit
+        return more and start["status"] not in BODILESS and "content-length" not in Headers(start["headers"])
 
-    async def _begin_to_stream(self, start: Message, *, more: bool) -> None:
+    async def _begin_to_stream(self, start: Message) -> None:
         self._streams = True
         self.over.set()
         headers = list(start.get("headers", ()))
         if self._exchange.service.rules.kept_for(start["status"]) is not None:
             headers.append(NOT_STORED)
         await self._pass_on({**start, "headers": headers})
-        await self._pass_on({"type": "http.response.body", "body": b"".join(self._parts), "more_body": more})
-        self._parts.clear()
 
     async def _pass_on(self, message: Message) -> None:
         try:

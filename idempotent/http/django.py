@@ -183,12 +183,12 @@ class IdempotencyMiddleware:
         try:
             exchange = self._exchange(request, view)
         except Refused as refused:
-            return _made(refused.answer)
+            return _Answer(refused.answer)
         if exchange is None:
             return None
         answer = wsgi.begin(exchange)
         if answer is not None:
-            return _made(answer)
+            return _Answer(answer)
         _enter(request, exchange)
         return None
 
@@ -196,12 +196,12 @@ class IdempotencyMiddleware:
         try:
             exchange = self._exchange(request, view)
         except Refused as refused:
-            return _made(refused.answer)
+            return _Answer(refused.answer)
         if exchange is None:
             return None
         answer = await _tasks.begin(exchange)
         if answer is not None:
-            return _made(answer)
+            return _Answer(answer)
         _enter(request, exchange)
         return None
 
@@ -233,18 +233,29 @@ def _over(state: _State) -> None:
         state.running.__exit__(None, None, None)
 
 
-def _made(answer: Response) -> HttpResponse:
-    response = HttpResponse(answer.body, status=answer.status)
-    del response.headers["Content-Type"]
-    for name, value in Headers(answer.headers).items():
-        response.headers[name.title()] = value
-    return response
+class _Answer(HttpResponse):
+    """An answer of ours: Django's own keeps one line for each field, and two cookies are not to be joined."""
+
+    def __init__(self, answer: Response) -> None:
+        super().__init__(answer.body, status=answer.status)
+        del self.headers["Content-Type"]
+        self._more: list[tuple[str, str]] = []
+        for raw, value in answer.headers:
+            name = raw.decode("latin-1").title()
+            if name in self.headers:
+                self._more.append((name, value.decode("latin-1")))
+            else:
+                self.headers[name] = value.decode("latin-1")
+
+    def items(self) -> Any:
+        """The lines that Django's handlers send."""
+        return [*self.headers.items(), *(line for line in self._more if line[0] in self.headers)]
 
 
 def _given(response: HttpResponseBase, verdict: Verdict) -> HttpResponseBase:
     """What the client is to get: the application's own response, but for a run that another has overtaken."""
     if verdict.instead is not None:
-        return _made(verdict.instead)
+        return _Answer(verdict.instead)
     for name, value in verdict.extra:
         response.headers[name.decode().title()] = value.decode()
     return response

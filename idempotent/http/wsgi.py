@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, Unpack
 
 from idempotent._drive import SYNC, drive, finish
+from idempotent._run import Running
 from idempotent.http._exchange import Exchange, Service, Verdict
 from idempotent.http._rules import BODILESS, NOT_STORED, Headers, Options, RawHeaders, Refused, Request, Response, Rules
 
@@ -153,6 +154,7 @@ class _Taken:
 
     def __init__(self, exchange: Exchange, start_response: StartResponse) -> None:
         self._exchange = exchange
+        self._running = exchange.running()
         self._start_response = start_response
         self._status = ""
         self._headers: Lines = []
@@ -162,19 +164,22 @@ class _Taken:
 
     def run(self, app: App, environ: Environ) -> Iterable[bytes]:
         """Call the application; what the server is to send."""
+        running = self._running
         try:
-            with self._exchange.running():
+            with running.part():
                 found = app(environ, self._start)
                 self._close = getattr(found, "close", None)
                 rest = self._collect(found)
             self._check()
         except BaseException as error:
+            running.end(raised=True)
             failed(self._exchange, error)
             if self._close is not None:
                 self._close()
             raise
         if rest is not None:
             return self._stream(rest)
+        running.end(raised=False)
         response = self._response()
         verdict = settle(self._exchange, response)
         if verdict.instead is not None:
@@ -222,7 +227,7 @@ class _Taken:
             headers += _lines([NOT_STORED])
         self._start_response(self._status, headers)
         self._streams = True
-        return _Stream(self._exchange, Response(self._code), self._parts, rest, self._close)
+        return _Stream(self._exchange, self._running, Response(self._code), self._parts, rest, self._close)
 
 
 class _Body:
@@ -250,6 +255,7 @@ class _Stream(_Body):
     def __init__(
         self,
         exchange: Exchange,
+        running: Running,
         response: Response,
         taken: list[bytes],
         rest: Iterator[bytes],
@@ -257,6 +263,7 @@ class _Stream(_Body):
     ) -> None:
         super().__init__(rest, close)
         self._exchange = exchange
+        self._running = running
         self._response = response
         self._taken = taken
 
@@ -264,13 +271,15 @@ class _Stream(_Body):
         if self._taken:
             return self._taken.pop(0)
         try:
-            part = next(self._parts)
+            with self._running.part():
+                part = next(self._parts)
         except StopIteration:
             if self._taken:
                 return self._taken.pop(0)
             self._end()
             raise
         except BaseException as error:
+            self._running.end(raised=True)
             if self._exchange.open:
                 failed(self._exchange, error)
             raise
@@ -278,11 +287,13 @@ class _Stream(_Body):
         return self._taken.pop(0)
 
     def _end(self) -> None:
+        self._running.end(raised=False)
         if self._exchange.open:
             settle(self._exchange, self._response, whole=False)
 
     def close(self) -> None:
         try:
-            super().close()
+            with self._running.part():
+                super().close()
         finally:
             self._end()
