@@ -13,9 +13,10 @@ import pytest
 import redis
 from servers import Server, start_mariadb, start_postgres, start_redis
 
-from idempotent import idempotent
+from idempotent import RedisBackend, idempotent
+from idempotent._drive import drive
 from idempotent.cli import doctor_sql
-from idempotent.cli.doctor_redis import CALLS_NEED, LOCKS_NEED
+from idempotent.cli.doctor_redis import CALLS_NEED, LOCKS_NEED, _Server
 from idempotent.cli.main import main
 from idempotent.cli.verdict import Finding, clock, verdict_of
 
@@ -156,6 +157,24 @@ def test_a_replica_is_not_safe_and_its_primary_is_for_retries_alone(durable: Ser
         assert "READONLY" in report.findings["replicas"].why
         report = doctor(durable.url)
         assert (report.verdict, report.reasons) == (RETRIES, {"replicas"})
+        assert waits(durable.url, 1).level == "ok"
+        assert waits(durable.url, 2).found == "1 of the 2 that replicas= asks for confirm"
+
+
+def waits(url: str, wanted: int) -> Finding:
+    """What is found where `wanted` replicas are to confirm each claim."""
+    with RedisBackend(url) as backend:
+        view: Any = backend.blocking()
+        return drive(_Server(view, view._link.send, one_of_many=False)._waits(1, wanted))
+
+
+def test_replicas_that_are_waited_for_and_are_not_there_are_not_safe(
+    durable: Server, user: Callable[..., str], doctor: Doctor
+) -> None:
+    finding = waits(durable.url, 1)
+    assert (finding.level, finding.found) == ("unsafe", "0 of the 1 that replicas= asks for confirm")
+    finding = waits(user(*minimal(), "-wait"), 1)
+    assert (finding.level, "+wait" in finding.remedy) == ("unsafe", True)
 
 
 def test_a_node_of_a_cluster_is_to_be_named_as_one(doctor: Doctor) -> None:

@@ -4,7 +4,7 @@ import statistics
 import time
 from typing import Any
 
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import MovedError, NoPermissionError, RedisError, ResponseError
 
 from idempotent._record import LOCKS, RecordId
 from idempotent.backends._listener import Refused
@@ -20,7 +20,7 @@ CALLS_NEED = ("evalsha", "eval", "get", "set", "pttl", "time", "publish", "ping"
 LOCKS_NEED = ("zadd", "zpopmin", "zrem", "pexpire")
 """What locks need besides."""
 
-_ALONE = "what moves money belongs on a store that does not forget"
+_ALONE = "keep what moves money where commits wait for a standby: PostgreSQL with synchronous_standby_names"
 
 
 class _Denied(Exception):
@@ -29,18 +29,20 @@ class _Denied(Exception):
 
 async def examine(backend: RedisBackend) -> list[Finding]:
     """Everything that can be found out about the server, or servers, of `backend`."""
+    view: Any = backend.blocking()
     try:
-        await backend._send(("PING",), backend.timeout)
+        await view.read(RecordId("idempotent.doctor", "probe"))
     except BackendError as error:
-        if not isinstance(error.__cause__, NoPermissionError):
+        if not isinstance(error.__cause__, ResponseError):  # else it answers, if not as it should: see below
             remedy = "start it, or mend host, port, user or password in the URL"
             return [Finding("reachable", "unsafe", str(error), "no call runs: each gets BackendUnavailable", remedy)]
-    view: Any = backend.blocking()
     senders = getattr(view._link, "senders", None)
     sends = [view._link.send] if senders is None else await senders(time.monotonic() + backend.timeout)
     findings: list[Finding] = []
-    for send in sends:
-        findings += await _Server(view, send, len(sends) > 1).findings()
+    for number, send in enumerate(sends, 1):
+        name = f"server {number} of {len(sends)}: " if len(sends) > 1 else ""
+        found = await _Server(view, send, len(sends) > 1).findings()
+        findings += [finding._replace(found=name + finding.found) for finding in found]
     return findings
 
 
@@ -179,7 +181,9 @@ class _Server:
         if not there:
             return [Finding("replicas", "ok", "none, so no failover can lose a record; the machine is a single one")]
         why = "replicas are behind by a moment: a failover can lose a claim that was confirmed, and it runs again"
-        remedy = f"replicas=1 in the URL makes claims and outcomes wait for a replica; else {_ALONE}"
+        remedy = _ALONE
+        if hasattr(self._backend, "replicas"):
+            remedy = "replicas=1 in the URL, so that claims and outcomes wait for a replica"
         return [Finding("replicas", "warning", f"{there} connected, and nothing waits for them", why, remedy)]
 
     async def _waits(self, there: int, wanted: int) -> Finding:
@@ -243,7 +247,7 @@ class _Server:
         """Whether it takes writes at this moment: of a key that is not there, and stays so."""
         try:
             await self._ask("SET", self._key, "", "XX", "PX", 1)
-        except _Denied:
+        except (_Denied, MovedError):  # told among the permissions; the key is another node's, which is asked itself
             return []
         except ResponseError as error:
             text = str(error)
