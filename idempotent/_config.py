@@ -43,6 +43,7 @@ class Settings:
     on_crash: str | Callable[..., Any] = "rerun"
     on_outage: Literal["raise", "run"] = "raise"
     serializer: Any = None
+    mode: Literal["enforce", "observe"] = "enforce"
     hooks: tuple[Hook, ...] = (log_event,)
 
 
@@ -61,6 +62,7 @@ def configure(
     on_crash: str | Callable[..., Any] | Default = DEFAULT,
     on_outage: Literal["raise", "run"] | Default = DEFAULT,
     serializer: Any = DEFAULT,
+    mode: Literal["enforce", "observe"] | Default = DEFAULT,
     hooks: Sequence[Hook] | Default = DEFAULT,
 ) -> None:
     """Set process-wide defaults for every decorated function; what is not named stays as it is.
@@ -78,6 +80,9 @@ def configure(
         on_crash: "rerun", "raise" or a probe.
         on_outage: "raise" or "run".
         serializer: how results become bytes; None: JSON by the return annotation.
+        mode: "enforce"; or "observe": every call runs its function and returns its value, and events tell what would
+            have been replayed, waited for or refused. For adopting the decorator on a live system: locks, middleware and
+            functions with `within=` are not observed.
         hooks: callables that take each Event; an empty list: none. The default writes to the logger `idempotent`.
 
     Raises:
@@ -96,6 +101,7 @@ def configure(
             ("on_crash", on_crash),
             ("on_outage", on_outage),
             ("serializer", serializer),
+            ("mode", mode),
             ("hooks", hooks),
         )
         if value is not DEFAULT
@@ -136,6 +142,8 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f'on_crash must be "rerun", "raise" or a callable probe, not {on_crash!r}')
     if result.get("on_outage", "raise") not in ("raise", "run"):
         raise ValueError(f'on_outage must be "raise" or "run", not {result["on_outage"]!r}')
+    if result.get("mode", "enforce") not in ("enforce", "observe"):
+        raise ValueError(f'mode must be "enforce" or "observe", not {result["mode"]!r}')
     if "hooks" in result:
         if isinstance(result["hooks"], str) or not isinstance(result["hooks"], Iterable):
             raise TypeError(f"hooks must be a list of callables that take an Event, not {result['hooks']!r}")

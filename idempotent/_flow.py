@@ -137,16 +137,24 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
 
 def _refuse_reentry(driver: Driver, run: Run) -> None:
     """A call under its own key, from inside its own function, would wait for itself."""
+    outer = reentered(run)
+    if outer is not None:
+        run.report("busy")
+        raise InProgress(
+            run.rid.digest,
+            retry_after=max(0.0, outer.valid_until - driver.now()),
+            detail="the function called itself with its own key, and would wait for itself for ever",
+        )
+
+
+def reentered(run: Run) -> Run | None:
+    """The run under the same key that this call is made inside of; None: there is none."""
     outer = _current.get()
     while outer is not None:
         if not outer._over and outer._run.rid == run.rid and outer._run.plan.flights is run.plan.flights:
-            run.report("busy")
-            raise InProgress(
-                run.rid.digest,
-                retry_after=max(0.0, outer._run.valid_until - driver.now()),
-                detail="the function called itself with its own key, and would wait for itself for ever",
-            )
+            return outer._run
         outer = outer._outer
+    return None
 
 
 def _trust(plan: Plan) -> float:
@@ -421,7 +429,7 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
             await plan.backend.release(run.rid, attempt=run.attempt, token=run.token, unknown=unknown)
             run.report("unknown" if unknown else "released", error=error)
             return
-        ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), None)
+        ttl = ttl_of(plan, error)
         if ttl is not None and run.raised:
             await _record_error(driver, run, error, ttl)
             return
@@ -459,13 +467,30 @@ async def _withdraw(driver: Driver, run: Run, error: BaseException) -> None:
             run.report("backend_error", error=failure)
 
 
+def ttl_of(plan: Plan, error: BaseException) -> float | None:
+    """For how long an error is recorded; None: it is not."""
+    return next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), None)
+
+
+def encoded_error(error: Exception) -> tuple[str, bytes]:
+    """Codec and bytes of an error that is recorded, whatever it is."""
+    try:
+        return ERROR, encode_error(error)
+    except Exception as failure:
+        reason = f"its error, {type(error).__name__}, could not be encoded: {why(failure)}"
+        return UNAVAILABLE, reason.encode()
+
+
+def replayable(plan: Plan, codec: str, *, failed: bool) -> bool:
+    """Whether an outcome in that codec can be told at all."""
+    if failed or codec == UNAVAILABLE:
+        return codec != UNAVAILABLE
+    return codec == DONE or not plan.keep_result or codec == plan.codec.name
+
+
 async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) -> None:
     plan = run.plan
-    codec = ERROR
-    try:
-        body = encode_error(error)
-    except Exception as failure:
-        codec, body = UNAVAILABLE, f"its error, {type(error).__name__}, could not be encoded: {why(failure)}".encode()
+    codec, body = encoded_error(error)
     settled, stored = await _record(driver, run, Settled(True, 0, 0.0, codec, body), ttl)
     run.report("failed" if stored else "not_stored", error=error)
     plan.flights.land(run, settled, stored=stored)

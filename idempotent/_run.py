@@ -18,7 +18,7 @@ from idempotent._record import ATTEMPT_BYTES, RecordId, Settled
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend, Finder
 from idempotent.errors import BackendUnavailable, CallError, LeaseLost
-from idempotent.events import EventName, Hook
+from idempotent.events import Counted, EventName, Hook
 from idempotent.serializers import Codec
 
 P = ParamSpec("P")
@@ -75,6 +75,7 @@ class Plan:
         "keep_result",
         "lease",
         "namespace",
+        "observes",
         "prefix",
         "probe",
         "remember",
@@ -101,9 +102,10 @@ class Plan:
         on_crash: str | Callable[..., Any],
         run_on_outage: bool,
         hooks: tuple[Hook, ...],
-        stats: dict[EventName, int],
+        stats: dict[Counted, int],
         serializer: Any = None,
         remember: float = 0.0,
+        observes: bool = False,
     ) -> None:
         self.backend = backend
         self.find: Finder | None = None
@@ -111,6 +113,8 @@ class Plan:
         self.flights = flights
         self.codec = codec
         self.namespace = namespace
+        self.observes = observes
+        """It runs whatever the records say (`configure(mode="observe")`)."""
         self.prefix = RecordId(namespace, "").text
         """What the text of a call's record id begins with, before the key."""
         self.ttl = ttl
@@ -133,7 +137,7 @@ class Plan:
         """How long a running record is kept past its lease: for ever where a dead run has to be settled."""
         return self.ttl if self.takeover else None
 
-    def count(self, name: EventName) -> None:
+    def count(self, name: Counted) -> None:
         """Count an event."""
         with _counting:
             self.stats[name] = self.stats.get(name, 0) + 1
@@ -269,7 +273,7 @@ class Call:
 
     def check(self) -> None:
         """Raise LeaseLost if `lease_lost`: call it before an effect that must not happen twice."""
-        if self.lease_lost:
+        if self.lease_lost and not self._run.plan.observes:
             raise LeaseLost(self._run.rid.digest, token=self.token)
 
     def downstream_key(self, name: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
 
 from idempotent._record import Record
-from idempotent.events import EventName
+from idempotent.events import Counted
 
 __all__ = ["AsyncIdempotent", "Decision", "Explanation", "Idempotent", "Outcome", "Stats"]
 
@@ -54,8 +54,8 @@ class Explanation:
         return f"key {self.key!r}: {self.decision.replace('_', ' ')}, as {self.reason}"
 
 
-class Stats(dict[EventName, int]):
-    """Counts of events of one function in this process.
+class Stats(dict[Counted, int]):
+    """Counts of events of one function in this process; what was only observed is counted as `would_...`, instead.
 
     It may be awaited as well, so that the methods of an async function can all be used alike.
     """

@@ -7,11 +7,13 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
 
 from idempotent import _config as config
 from idempotent import _flow as flow
+from idempotent import _observe as observe
 from idempotent._config import DEFAULT, Default, Duration
 from idempotent._drive import SYNC, drive, finish
 from idempotent._flow import Replay, at_hand
+from idempotent._observe import Watch
 from idempotent._record import Record, RecordId
-from idempotent._run import Plan, Run, Running, flights_of
+from idempotent._run import Flights, Plan, Run, Running, flights_of
 from idempotent._types import (
     AsyncIdempotent,
     Decision,
@@ -252,7 +254,8 @@ class _Spec:
             lease = options.get("lease", settings.lease)
             if self.within is None:
                 shared = config.resolve_backend(options.get("backend"))
-                backend = (shared.asynchronous() if self.is_async else shared.blocking()).within(lease)
+                longest = min(lease, observe.BUDGET) if settings.mode == "observe" else lease
+                backend = (shared.asynchronous() if self.is_async else shared.blocking()).within(longest)
                 flights = flights_of(shared)
             else:
                 backend, flights = self.flows.NOWHERE, self.flows.NO_FLIGHTS
@@ -275,11 +278,31 @@ class _Spec:
                 stats=self.stats,
                 serializer=options.get("serializer") or settings.serializer,
                 remember=options.get("remember", settings.remember) or 0.0,
+                observes=settings.mode == "observe",
             )
             if self.within is None:
                 plan.find = backend.finder()
             made = self._made = (settings, plan)
         return made[1]
+
+    def blind_plan(self) -> Plan:
+        """A plan to report by, where none could be made."""
+        settings = config.settings
+        return Plan(
+            backend=cast("Backend", None),
+            flights=Flights(),
+            codec=cast("Codec", None),
+            namespace=self.namespace,
+            ttl=settings.ttl,
+            lease=settings.lease,
+            wait=0.0,
+            keep_result=False,
+            error_ttl={},
+            on_crash="rerun",
+            run_on_outage=True,
+            hooks=settings.hooks,
+            stats=self.stats,
+        )
 
     def run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], key: str, fingerprint: bytes) -> Run:
         """The question that this call asks."""
@@ -362,8 +385,11 @@ def _outcome(key: str, replay: Replay) -> Outcome[Any]:
 
 def _sync_call(spec: _Spec, key: str | None, pick: Pick | None) -> Callable[..., Any]:
     function, flow, identify = spec.function, spec.flows, spec.binder.identifier(key)
+    observed = _sync_observed(spec, identify, pick)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if config.settings.mode != "enforce":
+            return observed(*args, **kwargs)
         named, fingerprint = identify(args, kwargs)
         plan = spec.plan()
         if plan.find is not None:
@@ -412,8 +438,11 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick | None, driver: Any = N
 
     function, flow, identify = spec.function, spec.flows, spec.binder.identifier(key)
     driver = driver or _aio.ASYNC  # tests bring one whose time is their own
+    observed = _async_observed(spec, identify, pick, driver)
 
     async def call(*args: Any, **kwargs: Any) -> Any:
+        if config.settings.mode != "enforce":
+            return await observed(*args, **kwargs)
         named, fingerprint = identify(args, kwargs)
         plan = spec.plan()
         if plan.find is not None:
@@ -443,6 +472,75 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick | None, driver: Any = N
         if replay.error is not None:
             raise replay.error
         return replay.value if pick is None else pick(named, replay)
+
+    return call
+
+
+Identify = Callable[[tuple[Any, ...], dict[str, Any]], tuple[str, bytes]]
+
+
+def _watch(spec: _Spec, identify: Identify, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watch | None:
+    """What is observed of a call; None: nothing can be."""
+    if spec.within is not None:
+        return None  # a claim would hold up other transactions, and savepoints are not the application's own
+    try:
+        named, fingerprint = identify(args, kwargs)
+        return Watch(spec.run(spec.plan(), args, kwargs, named, fingerprint))
+    except Exception as error:  # a key function's, too: enforcement would let it through
+        observe.unusable(spec.blind_plan(), error)
+        return None
+
+
+def _observed(watch: Watch | None, pick: Pick | None, value: Any) -> Any:
+    if pick is None:
+        return value
+    key, token, stored = ("", 0, False) if watch is None else (watch.run.rid.key, watch.run.token or 0, watch.stored)
+    return pick(key, Replay(value, replayed=False, stored=stored, token=token, age=0.0))
+
+
+def _sync_observed(spec: _Spec, identify: Identify, pick: Pick | None) -> Callable[..., Any]:
+    function = spec.function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        watch = _watch(spec, identify, args, kwargs)
+        if watch is None:
+            return _observed(None, pick, function(*args, **kwargs))
+        value: Any = None
+        try:
+            drive(observe.begin(SYNC, watch))
+            with Running(SYNC, watch.run):
+                value = function(*args, **kwargs)
+            unrun = inspect.iscoroutine(value)  # an async function behind a wrapper that is none
+        except BaseException as error:
+            finish(functools.partial(observe.end, SYNC, watch, error=error))
+            raise
+        finish(functools.partial(observe.end, SYNC, watch, value, TypeError() if unrun else None))
+        return _observed(watch, pick, value)
+
+    return call
+
+
+def _async_observed(spec: _Spec, identify: Identify, pick: Pick | None, driver: Any) -> Callable[..., Any]:
+    from idempotent import _aio
+
+    function = spec.function
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        watch = _watch(spec, identify, args, kwargs)
+        if watch is None:
+            return _observed(None, pick, await function(*args, **kwargs))
+        try:
+            await observe.begin(driver, watch)
+            with Running(driver, watch.run):
+                value = await function(*args, **kwargs)
+        except GeneratorExit:  # the coroutine is thrown away and can await nothing: the lease is left to run out
+            driver.drop(watch.run)
+            raise
+        except BaseException as error:
+            await _aio.finish(functools.partial(observe.end, driver, watch, error=error))
+            raise
+        await _aio.finish(functools.partial(observe.end, driver, watch, value))
+        return _observed(watch, pick, value)
 
     return call
 
@@ -511,6 +609,8 @@ def _explain(run: Run, record: Record | None) -> Explanation:
         reason = f"its result expired {record.age:.1f} s ago, and only the key is remembered since"
     elif record.state in ("completed", "failed"):
         decision, reason = "would_replay", f"it {record.state} {record.age:.1f} s ago"
+        if not flow.replayable(plan, record.codec, failed=record.state == "failed"):
+            decision, reason = "would_refuse", f"{reason}, and its outcome cannot be given"
     elif record.state == "running" and (record.lease_left or 0.0) > 0:
         decision = "would_refuse" if plan.wait == 0 else "would_wait"
         reason = f"a call has been running for {record.age:.1f} s, its lease has {record.lease_left:.1f} s left"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["Event", "EventName", "Hook", "log_event"]
+__all__ = ["Event", "EventName", "Hook", "Observed", "log_event"]
 
 EventName = Literal[
     "claimed",
@@ -31,6 +31,11 @@ EventName = Literal[
 ]
 
 
+Observed = Literal["would_replay", "would_wait", "would_refuse"]
+Counted = EventName | Observed | Literal["disagreed"]
+"""What `stats()` counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One thing that happened to one call or lock."""
@@ -48,6 +53,10 @@ class Event:
     """Seconds since the record reached its state; None where that says nothing."""
     error: str | None = None
     """The class name of the error that caused the event; None: no error did."""
+    observed: Observed | None = None
+    """Under `configure(mode="observe")`: it did not happen, and this is what enforcement would have done; None: it did."""
+    agrees: bool | None = None
+    """With "would_replay": whether the recorded outcome is the one that the call came to; None: it cannot be told."""
 
 
 class Hook(Protocol):
@@ -88,24 +97,27 @@ def log_event(event: Event) -> None:
     """The default hook: one line to the logger `idempotent`, with the event's fields as `extra["event"]`.
 
     Ordinary steps are DEBUG; what somebody should look at is WARNING; a broken promise (`not_stored`, `unprotected`)
-    is ERROR.
+    is ERROR. What is only observed is INFO; where a call would be refused, or answers disagreed, WARNING.
     """
     level = _LEVELS[event.name]
+    if event.observed is not None:
+        level = logging.WARNING if event.observed == "would_refuse" or event.agrees is False else logging.INFO
     if not logger.isEnabledFor(level):
         return
     details = [f"key={event.key_digest}", f"backend={event.backend}"]
-    details += [
-        f"{name}={value}"
-        for name, value in (("token", event.token), ("age", event.age), ("error", event.error))
-        if value is not None
-    ]
-    logger.log(level, "%s %s %s", event.name, event.namespace, " ".join(details), extra={"event": event})
+    fields = ("token", event.token), ("age", event.age), ("error", event.error), ("agrees", event.agrees)
+    details += [f"{name}={value}" for name, value in fields if value is not None]
+    if event.observed is not None:
+        details.append(f"event={event.name}")
+    logger.log(
+        level, "%s %s %s", event.observed or event.name, event.namespace, " ".join(details), extra={"event": event}
+    )
 
 
-def wanted(hooks: Sequence[Hook], name: EventName) -> bool:
+def wanted(hooks: Sequence[Hook], name: EventName, observed: Observed | None = None) -> bool:
     """Whether any hook would do something with this event; building it costs more than asking."""
     if len(hooks) == 1 and hooks[0] is log_event:
-        return logger.isEnabledFor(_LEVELS[name])
+        return logger.isEnabledFor(_LEVELS[name] if observed is None else logging.WARNING)
     return bool(hooks)
 
 

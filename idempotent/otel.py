@@ -20,7 +20,9 @@ class OpenTelemetryHook:
     """A hook for `configure(hooks=[...])` that counts every event, and may trace runs.
 
     The counter is `idempotent.events`, unit `{event}`, with the attributes `idempotent.event`, `idempotent.namespace`,
-    `idempotent.backend` and, where an error caused the event, `error.type`. A key is never among them. The digest of
+    `idempotent.backend` and, where an error caused the event, `error.type`. What is only observed
+    (`configure(mode="observe")`) is the event `would_replay`, `would_wait` or `would_refuse`, the first with
+    `idempotent.agrees` where that can be told. A key is never among them. The digest of
     the key is an attribute of spans alone, `idempotent.key.digest`, beside `idempotent.token`.
 
     Args:
@@ -49,13 +51,15 @@ class OpenTelemetryHook:
 
     def __call__(self, event: Event) -> None:
         """Take note of `event`."""
-        attributes: dict[str, str | int] = {
-            "idempotent.event": event.name,
+        attributes: dict[str, str | int | bool] = {
+            "idempotent.event": event.observed or event.name,
             "idempotent.namespace": event.namespace,
             "idempotent.backend": event.backend,
         }
         if event.error is not None:
             attributes["error.type"] = event.error
+        if event.agrees is not None:
+            attributes["idempotent.agrees"] = event.agrees
         self._counter.add(1, attributes)
         if self._tracer is not None:
             self._span(event, self._tracer)
@@ -85,7 +89,7 @@ class OpenTelemetryHook:
         told = {"idempotent.key.digest": event.key_digest}
         if event.error is not None:
             told["error.type"] = event.error
-        span.add_event(f"idempotent.{event.name}", told)
+        span.add_event(f"idempotent.{event.observed or event.name}", told)
         if ended:
             if event.error is not None:
                 span.set_attribute("error.type", event.error)

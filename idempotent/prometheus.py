@@ -12,6 +12,8 @@ class PrometheusHook:
 
     The labels are `event`, `namespace` and `backend`. A key is never among them, nor its digest, nor an error. All events
     of a function are there, at 0, from its first one on: `increase()` sees no change in a series that begins at 1.
+    What is only observed (`configure(mode="observe")`) counts as `would_replay`, `would_wait` or `would_refuse`, and as
+    `disagreed` where the replay would have been another.
 
     Args:
         registry: the registry that the counter belongs to; None: prometheus_client's own.
@@ -43,7 +45,9 @@ class PrometheusHook:
             for name in get_args(EventName):
                 self._counter.labels(name, *place)
             self._seen.add(place)
-        self._counter.labels(event.name, *place).inc()
+        self._counter.labels(event.observed or event.name, *place).inc()
+        if event.agrees is False:
+            self._counter.labels("disagreed", *place).inc()
 
     def __repr__(self) -> str:
         return "PrometheusHook()"

@@ -167,6 +167,19 @@ def test_prometheus_counts_every_event_from_0_and_no_label_is_a_key(colour: Colo
         PrometheusHook(registry=registry)
 
 
+def test_what_is_only_observed_is_counted_as_such(colour: Colour, telemetry: Telemetry) -> None:
+    registry = CollectorRegistry()
+    configure(mode="observe", hooks=[PrometheusHook(registry=registry), telemetry.hook()])
+    answers = iter("aab")
+    function = colour.define(lambda: next(answers), backend="local://", namespace="shop.observed")
+    assert [colour.call(function) for _ in range(3)] == ["a", "a", "b"]
+    place = {"namespace": "shop.observed", "backend": "local"}
+    for name, count in {"completed": 1, "replayed": 0, "would_replay": 2, "disagreed": 1}.items():
+        assert registry.get_sample_value("idempotent_events_total", {"event": name, **place}) == count
+    agreed = {point.attributes["idempotent.agrees"] for point in telemetry.points() if len(point.attributes) == 4}
+    assert agreed == {True, False}
+
+
 @pytest.mark.parametrize(
     ("name", "library", "extra"),
     [("OpenTelemetryHook", "opentelemetry", "otel"), ("PrometheusHook", "prometheus_client", "prometheus")],

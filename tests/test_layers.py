@@ -26,7 +26,7 @@ LAYERS = [
     ["_config"],
     ["_run"],
     ["_flow", "_rooms"],
-    ["_acquire", "_steps"],
+    ["_acquire", "_steps", "_observe"],
     ["_drive", "_aio"],
     ["_types"],
     ["lock"],

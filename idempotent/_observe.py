@@ -1,0 +1,212 @@
+"""Shadow mode: the flows of a call under `configure(mode="observe")`, which runs whatever the records say.
+
+The first call of a key claims it and records its outcome as usual, or nothing could be told of its duplicates. These run
+all the same, and what enforcement would have done to them is an event and a count. So that a live system is left alone:
+
+- nothing is waited for, nothing is replayed, and no error is raised but the function's own;
+- a command takes one second at the most and is sent once; after one that failed, the backend is left alone for a while;
+- the caller gets the very value that its function returned.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from idempotent import _flow as flow
+from idempotent import events
+from idempotent._record import Answer, Busy, Claim, Expired, Granted, Mismatched, Settled, Unknown
+from idempotent._run import MARGIN, Driver, Flights, Plan, Run
+from idempotent.errors import InProgress, ResultUnavailable
+from idempotent.events import EventName, Observed
+from idempotent.serializers import encode_error
+
+__all__ = ["BUDGET", "Watch", "begin", "end", "unusable"]
+
+BUDGET = 1.0
+"""Seconds that a command may take."""
+_REST = 5.0
+"""Seconds for which a backend that has failed is not asked."""
+
+_rests: "WeakKeyDictionary[Flights, float]" = WeakKeyDictionary()
+"""Until when (monotonic seconds) the backends that these are of are left alone."""
+
+
+class Watch:
+    """One observed call."""
+
+    __slots__ = ("over", "reply", "run", "stored")
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.reply: Claim | None = None
+        """What its claim was answered; None: nothing."""
+        self.stored = False
+        self.over = False
+
+
+def _report(
+    plan: Plan,
+    name: EventName,
+    observed: Observed | None = None,
+    *,
+    digest: str = "",
+    token: int | None = None,
+    age: float | None = None,
+    error: BaseException | None = None,
+    agrees: bool | None = None,
+) -> None:
+    plan.count(observed or name)
+    if agrees is False:
+        plan.count("disagreed")
+    if events.wanted(plan.hooks, name, observed):
+        kind = None if error is None else type(error).__name__
+        backend = getattr(plan.backend, "name", "none")
+        event = events.Event(name, plan.namespace, digest, backend, token, age, kind, observed, agrees)
+        events.dispatch(plan.hooks, event)
+
+
+def unusable(plan: Plan, error: Exception) -> None:
+    """Report a call that enforcement would refuse before it asked the backend: its key, its options."""
+    _report(plan, "unprotected", "would_refuse", error=error)
+
+
+def _failed(watch: Watch, driver: Driver, error: Exception) -> None:
+    plan = watch.run.plan
+    _rests[plan.flights] = driver.now() + _REST
+    would: Observed | None = None if watch.run.token is not None or plan.run_on_outage else "would_refuse"
+    _report(plan, "backend_error", would, digest=watch.run.rid.digest, error=error)
+
+
+async def begin(driver: Driver, watch: Watch) -> None:
+    """Claim the key, or find out what enforcement would do instead. Raises nothing of its own."""
+    run = watch.run
+    plan, rid = run.plan, run.rid
+    run.unprotected = True  # its steps are not recorded, unless the claim is granted
+    if driver.now() < _rests.get(plan.flights, 0.0):
+        _report(plan, "unprotected", digest=rid.digest)
+        return
+    if flow.reentered(run) is not None:
+        _report(plan, "busy", "would_refuse", digest=rid.digest, error=InProgress(rid.digest, retry_after=0.0))
+        return
+    sent = driver.now()
+    run.claiming = True
+    try:
+        reply = watch.reply = await plan.backend.claim(
+            rid,
+            attempt=run.attempt,
+            fingerprint=run.fingerprint,
+            lease=plan.lease,
+            keep=plan.keep,
+            takeover=plan.takeover,
+        )
+    except Exception as error:  # of a backend that breaks its contract, too
+        _failed(watch, driver, error)
+        return
+    run.claiming = False
+    if isinstance(reply, Granted):
+        run.token, run.unprotected = reply.token, False
+        run.valid_until = sent + plan.lease * (1 - MARGIN)
+        driver.beat(run)
+        run.report("taken_over" if reply.took_over else "claimed")
+    elif isinstance(reply, Busy):
+        waits = plan.wait != 0
+        name: EventName = "waited" if waits else "busy"
+        _report(plan, name, "would_wait" if waits else "would_refuse", digest=rid.digest, token=reply.token)
+    elif isinstance(reply, Mismatched):
+        _report(plan, "mismatched", "would_refuse", digest=rid.digest, age=reply.age)
+    elif isinstance(reply, Unknown):
+        _report(plan, "unknown", "would_refuse", digest=rid.digest, token=reply.token, age=reply.age)
+    elif isinstance(reply, Expired):
+        late = ResultUnavailable(rid.digest, reason="it expired")
+        _report(plan, "replayed", "would_refuse", digest=rid.digest, token=reply.token, age=reply.age, error=late)
+
+
+async def end(driver: Driver, watch: Watch, value: Any = None, error: BaseException | None = None) -> None:
+    """Record the outcome of a run that was granted, or compare it with the one recorded. Raises nothing of its own.
+
+    It may be run twice, if it was interrupted.
+    """
+    run = watch.run
+    if watch.over or run.inherited:
+        return
+    if isinstance(watch.reply, Granted):
+        await driver.still(run)
+        try:
+            await _record(watch, value, error)
+        except Exception as failure:
+            _failed(watch, driver, failure)
+            _report(run.plan, "not_stored", digest=run.rid.digest, token=run.token, error=failure)
+    elif isinstance(watch.reply, Settled):
+        _compare(run, watch.reply, value, error)
+    elif run.claiming and error is not None and not isinstance(error, Exception):
+        try:  # interrupted before it was answered
+            await run.plan.backend.release(run.rid, attempt=run.attempt, token=None)
+        except Exception as failure:
+            _failed(watch, driver, failure)
+    watch.over = True
+
+
+async def _record(watch: Watch, value: Any, error: BaseException | None) -> None:
+    run = watch.run
+    plan, backend, token = run.plan, run.plan.backend, run.token or 0
+    own: dict[str, Any] = {"attempt": run.attempt, "token": token}
+    named: EventName
+    refused: Exception | None = None
+    if error is None:
+        codec, body, _ = flow._encode(run, value)
+        answer = await flow._completion(plan)(run.rid, **own, codec=codec, body=body, ttl=plan.ttl)
+        named = "completed"
+        if codec == flow.UNAVAILABLE:
+            refused = ResultUnavailable(run.rid.digest, reason=body.decode())
+    elif not isinstance(error, Exception):
+        answer = await backend.release(run.rid, **own, unknown=not plan.takeover)
+        named = "released" if plan.takeover else "unknown"
+    elif (ttl := flow.ttl_of(plan, error)) is not None and run.raised:
+        codec, body = flow.encoded_error(error)
+        answer = await backend.fail(run.rid, **own, codec=codec, body=body, ttl=ttl)
+        named = "failed"
+    else:
+        answer = await backend.release(run.rid, **own)
+        named = "released"
+    digest = run.rid.digest
+    if answer is Answer.DONE:
+        watch.stored = True
+        _report(plan, named, "would_refuse" if refused else None, digest=digest, token=token, error=refused or error)
+    elif answer is Answer.STALE and named in ("completed", "failed"):
+        run.lost = True
+        _report(plan, "lease_lost", "would_refuse", digest=digest, token=token)
+    else:
+        _report(plan, "not_stored", digest=digest, token=token)
+
+
+def _compare(run: Run, found: Settled, value: Any, error: BaseException | None) -> None:
+    plan = run.plan
+    replayable = flow.replayable(plan, found.codec, failed=found.failed)
+    refused = None if replayable else ResultUnavailable(run.rid.digest, reason="it cannot be replayed")
+    try:
+        agrees = _agrees(run, found, value, error) if replayable else None
+    except Exception:  # what a serializer or a value's own comparison may raise
+        agrees = None
+    _report(
+        plan,
+        "replayed",
+        "would_replay" if replayable else "would_refuse",
+        digest=run.rid.digest,
+        token=found.token,
+        age=found.age,
+        error=refused or error,
+        agrees=agrees,
+    )
+
+
+def _agrees(run: Run, found: Settled, value: Any, error: BaseException | None) -> bool | None:
+    """Whether the replay would have been what the call came to; None: it cannot be told."""
+    if (error is not None) is not found.failed:
+        return False
+    if error is not None:
+        return isinstance(error, Exception) and encode_error(error) == found.body
+    if found.codec == flow.DONE:
+        return None
+    codec, body, result = flow._encode(run, value)
+    if codec != found.codec:
+        return None
+    return body == found.body or bool(run.plan.codec.decode(found.body, run.rid.text) == result)
