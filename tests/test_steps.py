@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import functools
+import gc
 import json
 import os
 import random
@@ -38,6 +39,7 @@ from idempotent import (
     idempotent,
     open_backend,
 )
+from idempotent import _steps as steps
 from idempotent._drive import drive
 
 ROOT = Path(__file__).parent
@@ -742,3 +744,59 @@ def test_what_has_no_stable_form_comes_by_a_partial() -> None:
         work(True)
     assert work(True) == "o"
     assert done == [client]
+
+
+def test_tasks_that_start_the_next_one_from_a_step_for_ever_keep_few_steps_alive() -> None:
+    started = 0
+    finished: list[asyncio.Event] = []
+
+    @idempotent(key="{number}", namespace="chain", backend="local://")
+    async def work(number: int) -> None:
+        call = current_call()
+        assert call is not None
+        await call.step("next", start, number)
+
+    async def start(number: int) -> None:
+        nonlocal started
+        started += 1
+        if number < 60:  # a task inherits the context that it is made in, and with it the step
+            tasks.add(task := asyncio.ensure_future(after(number)))
+            task.add_done_callback(tasks.discard)
+        else:
+            finished[0].set()
+
+    async def after(number: int) -> None:
+        await ended[number].wait()
+        await work(number + 1)
+        ended[number + 1].set()
+
+    tasks: set[Any] = set()
+    ended: dict[int, asyncio.Event] = collections.defaultdict(asyncio.Event)
+
+    async def main() -> int:
+        finished.append(asyncio.Event())
+        await work(0)
+        ended[0].set()
+        await finished[0].wait()
+        gc.collect()
+        return sum(type(each) is steps.Step for each in gc.get_objects())
+
+    assert asyncio.run(main()) <= 5
+    assert started == 61
+
+
+def test_past_the_ttl_of_the_function_a_step_runs_again() -> None:
+    for ttl, runs in ((1e-6, 2), (60, 1)):
+        done: list[int] = []
+
+        @idempotent(namespace=f"ttl {ttl}", ttl=ttl, backend="local://")
+        def work() -> str:
+            call = current_call()
+            assert call is not None
+            call.step("charge", done.append, 1)
+            raise ConnectionError("after the step")
+
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                work()
+        assert len(done) == runs
