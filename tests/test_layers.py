@@ -19,7 +19,9 @@ LAYERS = [
     ["otel", "prometheus"],
     ["backends", "backends.base", "backends._loops", "backends._watchdog"],
     ["backends._listener"],
-    ["backends.pubsub", "backends._notify", "backends._redis_links"],
+    ["backends._notify", "backends._redis_links"],
+    ["backends.pubsub", "backends._redis_nodes"],
+    ["backends._redis_sources"],
     ["backends._engines", "backends._statements"],
     ["backends.local", "backends.redis", "backends.sql"],
     ["backends._caller"],
@@ -106,7 +108,10 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 @pytest.mark.parametrize("heavy", ["redis", "sqlalchemy", "pydantic", "hypothesis", "zstandard", "cryptography"])
 def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
     subjects = {
-        "redis": {"backends.redis", "backends.pubsub", "backends._redis_links", "cli.doctor_redis"},
+        "redis": {
+            *("backends.redis", "backends.pubsub", "cli.doctor_redis"),
+            *("backends._redis_links", "backends._redis_nodes", "backends._redis_sources"),
+        },
         "hypothesis": {"testing.strategies", "testing.stateful"},
         "sqlalchemy": {
             *("backends.sql", "backends._engines", "backends._notify", "backends._statements", "backends._caller"),

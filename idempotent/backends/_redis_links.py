@@ -5,12 +5,15 @@ replies may be asked for again.
 """
 
 import asyncio
+import errno
 import inspect
 import os
+import socket
+import ssl
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -19,6 +22,7 @@ import redis.asyncio
 import redis.asyncio.retry
 import redis.retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -32,7 +36,23 @@ try:
 except ImportError:
     pack_command = None
 
-__all__ = ["AsyncLink", "Link", "SyncLink", "sync_pool"]
+__all__ = [
+    "Address",
+    "AsyncLink",
+    "Link",
+    "NodeLost",
+    "Send",
+    "SyncLink",
+    "async_pool",
+    "is_refused",
+    "node_pool",
+    "settings_of",
+    "sync_pool",
+]
+
+Address = tuple[str, int]
+"""Host and port."""
+
 
 _CONNECTIONS = 64
 """Connections of a pool of ours; a call that finds none free waits for one within its deadline."""
@@ -46,8 +66,23 @@ class Link(Protocol):
         """What this colour waits with."""
         ...
 
-    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
-        """The reply to `command`; TimeoutError of redis-py when monotonic `deadline` passes first."""
+    async def send(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
+        """The reply to `command`; a TimeoutError when monotonic `deadline` passes first.
+
+        With `more` commands, one after the other on the same connection, the list of all replies.
+        """
+        ...
+
+    async def senders(self, deadline: float) -> "Sequence[Send]":
+        """How to send to each server that holds records."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections of blocking callers."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close the connections of the running loop."""
         ...
 
     async def sleep(self, pause: float) -> None:
@@ -55,25 +90,89 @@ class Link(Protocol):
         ...
 
 
-def _check_options(pool: Any) -> None:
-    """Refuse a misspelt option in the URL now, and not when the first connection is made."""
-    try:
-        pool.connection_class(**pool.connection_kwargs)
-    except TypeError as error:
-        raise ValueError(f"an option in the Redis URL is not known: {error}; ours are prefix= and timeout=") from None
+class Send(Protocol):
+    """`Link.send`, or the same to one server of many."""
+
+    async def __call__(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
+        """As `Link.send`."""
+        ...
 
 
-def sync_pool(url: str, timeout: float) -> redis.ConnectionPool:
+class NodeLost(RedisConnectionError):
+    """The server that answered for a key so far does so no longer: another may, so asking again can help."""
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Whether nobody listens at the address, or a stranger does: asking again at once does not help."""
+    while error is not None and not isinstance(error, NodeLost):
+        if isinstance(
+            error, (ConnectionRefusedError, FileNotFoundError, socket.gaierror, ssl.SSLCertVerificationError)
+        ):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.ENOENT):
+            return True
+        if isinstance(error, OSError) and "Connect call failed" in str(error):  # asyncio, for several addresses
+            return "refused" in str(error) or str(errno.ECONNREFUSED) in str(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_SHARED = {
+    *("host", "port", "path", "db", "username", "password", "credential_provider", "client_name", "protocol"),
+    *("socket_keepalive", "socket_keepalive_options"),
+}
+
+
+def settings_of(pool: Any) -> dict[str, Any]:
+    """Where and as whom `pool` connects: the options that connections of either colour take."""
+    given = pool.connection_kwargs.items()
+    return {name: value for name, value in given if name in _SHARED or name.startswith("ssl_")}
+
+
+def _options(timeout: float | None) -> dict[str, Any]:
+    """The options that are ours to choose; `timeout` is that of blocking sockets, None is for the other colour."""
+    module = redis.asyncio if timeout is None else redis
     # Two tries fit into the deadline, so that one lost reply is asked for again.
-    options: dict[str, Any] = {
-        "socket_timeout": timeout / 2,
-        "socket_connect_timeout": timeout / 2,
-        "retry": redis.retry.Retry(NoBackoff(), 0),
+    seconds = None if timeout is None else timeout / 2
+    return {
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
+        "retry": module.retry.Retry(NoBackoff(), 0),
         "decode_responses": False,
     }
-    pool = redis.ConnectionPool.from_url(url, **options)
-    pool.connection_kwargs.update(options)
-    _check_options(pool)
+
+
+def sync_pool(url: str, timeout: float) -> Any:
+    """A pool whose connections are made as `url` says. Raises ValueError for an option that is not known."""
+    return _checked(redis.ConnectionPool.from_url(url), _options(timeout))
+
+
+def async_pool(url: str) -> Any:
+    """As `sync_pool`. Deadlines are those of the callers."""
+    return _checked(redis.asyncio.ConnectionPool.from_url(url), _options(None))
+
+
+def node_pool(settings: dict[str, Any], address: Address, *, is_tls: bool, timeout: float | None) -> Any:
+    """A pool whose connections go to `address`; `timeout` as in `sync_pool`, None is for the other colour."""
+    module: Any = redis.asyncio if timeout is None else redis
+    kind = module.SSLConnection if is_tls else module.Connection
+    where = {"host": address[0], "port": address[1]}
+    return _checked(module.ConnectionPool(connection_class=kind, **settings | where), _options(timeout))
+
+
+def _checked(pool: Any, options: dict[str, Any]) -> Any:
+    given = pool.connection_kwargs
+    given.update(options)
+    if issubclass(pool.connection_class, (redis.SSLConnection, redis.asyncio.SSLConnection)):
+        # redis-py 5 compares the certificate with the host only when asked to.
+        if given.get("ssl_cert_reqs", "required") not in ("none", ssl.CERT_NONE):
+            given.setdefault("ssl_check_hostname", True)
+    try:
+        pool.connection_class(**given)
+    except TypeError as error:  # a misspelt option is refused now, and not when the first connection is made
+        raise ValueError(
+            f"an option in the Redis URL is not known: {error}; ours are prefix=, timeout= and replicas="
+        ) from None
     return pool
 
 
@@ -157,15 +256,11 @@ class SyncLink:
         self._free = _permits()
         _links.add(self)
 
-    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
+    async def send(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
         connection = whole = self._take(deadline) if self._owned else self._take_given(deadline)
         try:
-            connection.send_packed_command(_packed(command))
-            patience = getattr(connection, "socket_timeout", None)
-            if patience is None or patience > deadline - time.monotonic():
-                if not connection.can_read(timeout=max(0.001, deadline - time.monotonic())):
-                    raise RedisTimeoutError("no reply in time")
-            return connection.read_response(disable_decoding=True)
+            reply = self._exchange(connection, command, deadline)
+            return [reply, *(self._exchange(connection, each, deadline) for each in more)] if more else reply
         except ResponseError:
             raise
         except BaseException:
@@ -175,6 +270,15 @@ class SyncLink:
             raise
         finally:
             self._put(whole) if self._owned else self._pool.release(connection)
+
+    @staticmethod
+    def _exchange(connection: Any, command: tuple[Any, ...], deadline: float) -> Any:
+        connection.send_packed_command(_packed(command))
+        patience = getattr(connection, "socket_timeout", None)
+        if patience is None or patience > deadline - time.monotonic():
+            if not connection.can_read(timeout=max(0.001, deadline - time.monotonic())):
+                raise RedisTimeoutError("no reply in time")
+        return connection.read_response(disable_decoding=True)
 
     def _take(self, deadline: float) -> Any:
         try:
@@ -220,17 +324,32 @@ class SyncLink:
             _disconnect_given(pool)
             raise
 
+    async def senders(self, deadline: float) -> Sequence[Send]:
+        return [self.send]
+
     async def sleep(self, pause: float) -> None:
         if pause:
             time.sleep(pause)
 
     def close(self) -> None:
-        self._idle.closed = True
-        self._disconnect_idle()
+        if self._owned:
+            self._idle.closed = True
+            self._disconnect_idle()
+
+    async def aclose(self) -> None:
+        self.close()
 
     def after_fork(self) -> None:
         self._idle.forget()
         self._free = _permits()
+
+
+async def _drop(connection: Any) -> None:
+    """Disconnect at once: a connection by TLS that is closed waits for the other side, maybe beyond its loop's end."""
+    writer = getattr(connection, "_writer", None)
+    await connection.disconnect(nowait=True)
+    if writer is not None:
+        writer.transport.abort()
 
 
 class AsyncLink:
@@ -238,42 +357,32 @@ class AsyncLink:
 
     waiter = TaskWaiter
 
-    def __init__(self, source: Any) -> None:
-        self._given = None if isinstance(source, str) else source
-        self._named = () if self._given is None else _named(self._given)
-        self._loops: PerLoop[tuple[_Idle, asyncio.Semaphore]] = PerLoop(lambda: self._make(source), self._close)
-        if self._given is not None:
+    def __init__(self, make: Callable[[], Any], *, owned: bool) -> None:
+        """`make` makes the pool: once for each loop one that connections are made after, or the client's own."""
+        self._given = None if owned else make()
+        self._named = () if owned else _named(self._given)
+        self._loops: PerLoop[tuple[_Idle, asyncio.Semaphore]] = PerLoop(
+            lambda: (_Idle(make()), asyncio.Semaphore(_CONNECTIONS)), self._close
+        )
+        if not owned:
             _given_pools.add(self._given)
 
-    @staticmethod
-    def _make(url: str) -> tuple[_Idle, asyncio.Semaphore]:
-        options: dict[str, Any] = {
-            "socket_timeout": None,
-            "socket_connect_timeout": None,
-            "retry": redis.asyncio.retry.Retry(NoBackoff(), 0),
-            "decode_responses": False,
-        }
-        pool: Any = redis.asyncio.ConnectionPool.from_url(url, **options)
-        pool.connection_kwargs.update(options)
-        return _Idle(pool), asyncio.Semaphore(_CONNECTIONS)
-
-    async def send(self, command: tuple[Any, ...], deadline: float) -> Any:
+    async def send(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             if self._given is not None:
-                return await self._send_given(self._given, command)
+                return await self._send_given(self._given, command, more)
             idle, free = await self._loops.get()
             async with free:
                 connection = idle.take() or idle.make()
                 try:
                     if not connection.is_connected:
                         await connection.connect()
-                    await connection.send_packed_command(_packed(command))
-                    return await connection.read_response(disable_decoding=True)
+                    return await self._exchange(connection, command, more)
                 except ResponseError:
                     raise
                 except BaseException:
                     # Neither a late reply nor a handshake that was cancelled must serve the next command.
-                    await connection.disconnect(nowait=True)
+                    await _drop(connection)
                     await self._disconnect(idle)
                     raise
                 finally:
@@ -281,7 +390,19 @@ class AsyncLink:
                     if idle.closed:
                         await self._disconnect(idle)
 
-    async def _send_given(self, pool: Any, command: tuple[Any, ...]) -> Any:
+    @staticmethod
+    async def _exchange(connection: Any, command: tuple[Any, ...], more: tuple[tuple[Any, ...], ...]) -> Any:
+        await connection.send_packed_command(_packed(command))
+        reply = await connection.read_response(disable_decoding=True)
+        if not more:
+            return reply
+        replies = [reply]
+        for each in more:
+            await connection.send_packed_command(_packed(each))
+            replies.append(await connection.read_response(disable_decoding=True))
+        return replies
+
+    async def _send_given(self, pool: Any, command: tuple[Any, ...], more: tuple[tuple[Any, ...], ...]) -> Any:
         try:
             connection = await pool.get_connection(*self._named)
         except RedisError:
@@ -290,8 +411,7 @@ class AsyncLink:
             await _disconnect_given(pool)
             raise
         try:
-            await connection.send_packed_command(_packed(command))
-            return await connection.read_response(disable_decoding=True)
+            return await self._exchange(connection, command, more)
         except ResponseError:
             raise
         except BaseException:
@@ -303,14 +423,20 @@ class AsyncLink:
     @staticmethod
     async def _disconnect(idle: _Idle) -> None:
         for connection in idle.drain():
-            await connection.disconnect(nowait=True)
+            await _drop(connection)
 
     async def _close(self, made: tuple[_Idle, asyncio.Semaphore]) -> None:
         made[0].closed = True
         await self._disconnect(made[0])
 
+    async def senders(self, deadline: float) -> Sequence[Send]:
+        return [self.send]
+
     async def sleep(self, pause: float) -> None:
         await asyncio.sleep(pause)
+
+    def close(self) -> None:
+        pass
 
     async def aclose(self) -> None:
         await self._loops.aclose()

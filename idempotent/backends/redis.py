@@ -1,18 +1,43 @@
-"""Records in Redis (6.2 or newer) or Valkey: `redis://`, `rediss://`, `unix://`, or a ready-made client.
+"""Records in Redis (6.2 or newer) or Valkey: one server, one that sentinels choose, or a cluster.
 
 One key per record, one Lua script per command (in `lua/`, each the transcription of its function in `_machine`), one
 round trip each. Key and pub/sub channel of a record are the same string: prefix, colon, record id.
+
+**Replicas.** Redis answers before its replicas have what it wrote, so a failover can lose what was answered. What that
+costs, command by command, when the new primary has an older record, or none:
+
+- a claim: another call is granted the key while the first one runs, and with a clock that is behind, under a token that
+  is no higher. The one loss that lets two run at once, and why `replicas=` is there;
+- an outcome: the record is running again, nobody renews it, and its lease ends. It is as if the runner had died after
+  the effect, and `on_crash` decides;
+- a renewal: the lease ends earlier than its owner believes. It was confirmed for its first length, and an owner that
+  lives renews it at the new primary well before that; so renewals are not confirmed;
+- a release or a forget: the record is back. A lease ends, an outcome is replayed once more: never a second run.
+
+With `replicas=n` an answer on which somebody acts is given only when `n` replicas have the record: Granted, the DONE of
+an outcome, and Settled. A `WAIT` behind the command would not do. A claim that is sent again is granted without a write,
+and a record that is replayed was written by another connection, perhaps by a process that died before its replicas had
+it; but `WAIT` counts from the last write of its own connection, and says yes to one that only read (seen with Valkey 9;
+Redis 7.0 counts from the last command). So `confirm.lua` writes the record once more, as it is, in front of the `WAIT`:
+replication is one stream, and whoever has that write has all before it. It replies which record it found, as it need
+not have met the server that answered the command.
+
+So a replay is as lasting as the outcome that its runner was told was stored. What is not confirmed is
+BackendUnavailable: a claim is then taken back by the flow that sent it, an outcome is sent again until the lease is over
+and then marked as not stored. `peek`, `scan` and the like show what the primary has.
+
+A failover keeps what n replicas confirmed if one of these is the next primary. Sentinels and clusters choose the replica
+that has most, among those that they can reach.
 """
 
 import asyncio
 import copy
-import errno
 import hashlib
 import math
 import os
-import socket
 import time
 from collections.abc import AsyncIterator, Coroutine
+from functools import cached_property
 from importlib.resources import files
 from random import random
 from typing import Any
@@ -58,10 +83,9 @@ from idempotent._record import (
     describe,
     unpack,
 )
-from idempotent.backends._listener import Listener
-from idempotent.backends._redis_links import AsyncLink, Link, SyncLink, sync_pool
+from idempotent.backends._redis_links import Link, Send, is_refused
+from idempotent.backends._redis_sources import servers_of
 from idempotent.backends.base import Backend, micros, poll
-from idempotent.backends.pubsub import subscriber_of
 from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["RedisBackend"]
@@ -69,8 +93,14 @@ __all__ = ["RedisBackend"]
 _PLACE = 5.0
 """Seconds for which a place in a lock's line is kept after it was last asked for."""
 
+_CONFIRMED = 0.8
+"""Part of a command's time in which replicas must confirm it: a claim that they do not is taken back in the rest."""
+
 _LEAVING = 0.5
 """Seconds that a waiter who gives up takes at the longest to leave the line."""
+
+_OPEN = (b"R", b"W", b"U")
+"""What stands in a record that is not settled."""
 
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
@@ -92,6 +122,14 @@ class _Script:
         self.source = b"\n".join((folder / f"{name}.lua").read_bytes() for name in ("get", *at_once, "record", *names))
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
+    @cached_property
+    def sharded(self) -> "_Script":
+        """The same for a cluster, where a message of a key is heard at the key's own node."""
+        twin = copy.copy(self)
+        twin.source = self.source.replace(b"'PUBLISH'", b"'SPUBLISH'")
+        twin.sha = hashlib.sha1(twin.source, usedforsecurity=False).hexdigest()
+        return twin
+
 
 _CLAIM = _Script("lease", "claim", at_once=("settled",))
 _RENEW = _Script("owner", "lease", "renew")
@@ -99,16 +137,21 @@ _SETTLE = _Script("owner", "wake", "settle")
 _RELEASE = _Script("wake", "release")
 _READ, _FORGET = _Script("read"), _Script("wake", "forget")
 _WAIT, _LEAVE = _Script("wait"), _Script("wake", "leave")
+_CONFIRM = _Script("confirm")
 
 
 class RedisBackend(Backend):
     """Records in Redis or Valkey.
 
     Args:
-        server: a URL, whose backend serves sync and async callers, with its own pools; or a `redis.Redis` or
-            `redis.asyncio.Redis`, whose backend serves callers of that colour.
+        server: a URL, whose backend serves sync and async callers, with its own pools: `redis://`, `rediss://` or
+            `unix://` as redis-py reads them, `redis+sentinel://host:port,host:port/service/db` or
+            `redis+cluster://host:port,host:port` (`rediss+...` by TLS); or a `redis.Redis` or `redis.asyncio.Redis`,
+            whose backend serves callers of that colour. So does that of a `RedisCluster` or of a client that a
+            Sentinel's `master_for` made; its settings are used, and connections are made anew.
         prefix: what all keys and channels begin with; None: the URL's `prefix=`, else "idem".
         timeout: seconds a command may take, re-sends included; None: the URL's `timeout=`, else 5.
+        replicas: how many replicas must have a claim or an outcome before it counts; None: the URL's `replicas=`, else 0.
 
     Raises:
         TypeError, ValueError: an argument, or an option in the URL, is wrong.
@@ -118,37 +161,28 @@ class RedisBackend(Backend):
 
     def __init__(
         self,
-        server: "str | redis.Redis | redis.asyncio.Redis",
+        server: "str | redis.Redis | redis.asyncio.Redis | redis.RedisCluster | redis.asyncio.RedisCluster",
         *,
         prefix: str | None = None,
         timeout: float | None = None,
+        replicas: int | None = None,
     ) -> None:
         options: dict[str, str] = {}
         if isinstance(server, str):
-            server, options = split_url(server, ("prefix", "timeout"))
+            server, options = split_url(server, ("prefix", "timeout", "replicas"))
         self.timeout = timeout_of(timeout, options)
+        self.replicas = _replicas_of(replicas, options)
         self.prefix = options.get("prefix", "idem") if prefix is None else prefix
         if not isinstance(self.prefix, str) or not 0 < len(self.prefix) <= 200:
             raise ValueError(f"prefix must be text of 1 to 200 characters, not {self.prefix!r}")
-        links: dict[str, Link]
-        if isinstance(server, str):
-            pool: Any = sync_pool(server, self.timeout)
-            links = {"sync": SyncLink(pool, owned=True), "async": AsyncLink(server)}
-        else:
-            pool = getattr(server, "connection_pool", None)
-            if isinstance(server, redis.asyncio.Redis):
-                links = {"async": AsyncLink(pool)}
-            elif isinstance(server, redis.Redis):
-                links = {"sync": SyncLink(pool, owned=False)}
-            else:
-                raise TypeError(f"RedisBackend takes a URL, a redis.Redis or a redis.asyncio.Redis, not {server!r}")
-        subscribe = subscriber_of(pool, self.timeout)
-        self._listener = None if subscribe is None else Listener(subscribe)
+        self._servers = servers_of(server, self.timeout)
         self._id = os.urandom(6).hex()
         self._places: dict[str, tuple[Any, float]] = {}
         """By lock: this process's place in its line, and when it was last asked for (monotonic seconds)."""
-        self._links = links
-        self._colour, self._link = next(iter(links.items()))
+        self._links = self._servers.links
+        self._colour: str
+        self._link: Link
+        self._colour, self._link = next(iter(self._links.items()))
         self._views: dict[str, RedisBackend] = {self._colour: self}
 
     def blocking(self) -> Backend:
@@ -208,7 +242,11 @@ class RedisBackend(Backend):
             owner,
             self._turn if rid.text in self._places else b"",
         )
-        reply = await self._run(_CLAIM, rid, ask, min(self.timeout, lease))
+        budget = min(self.timeout, lease)
+        sent = time.monotonic()
+        reply = await self._run(_CLAIM, rid, ask, budget)
+        if self.replicas:
+            await self._confirm_claim(rid, reply, sent, budget)
         if type(reply) is int:
             self._places.pop(rid.text, None)
             return Granted(reply)
@@ -259,8 +297,12 @@ class RedisBackend(Backend):
         ttl: float,
         past: tuple[int, ...] = (),
     ) -> Answer:
+        sent = time.monotonic()
         ask = (attempt, token, state, _milliseconds(ttl), codec, body, *past)
-        return _ANSWERS[await self._run(_SETTLE, rid, ask, self.timeout)]
+        answer = _ANSWERS[await self._run(_SETTLE, rid, ask, self.timeout)]
+        if self.replicas and answer is Answer.DONE:
+            await self._confirm(rid, token, sent, self.timeout, is_outcome=True)
+        return answer
 
     async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
         ask = (attempt, b"" if token is None else token, b"1" if unknown else b"0", TOMBSTONE)
@@ -293,7 +335,8 @@ class RedisBackend(Backend):
             self._places[rid.text] = place, time.monotonic()
             return True
 
-        link, listener, channel = self._link, self._listener, self._key(rid)
+        link, channel = self._link, self._key(rid)
+        listener = self._servers.listener(channel)
         if listener is None:
             await poll(runs, link.sleep, timeout)
         elif rid.space == LOCKS:
@@ -304,7 +347,7 @@ class RedisBackend(Backend):
             await listener.changed(channel, link.waiter(), runs, link.sleep, timeout, self.timeout)
 
     async def pass_on(self, rid: RecordId) -> None:
-        if self._listener is not None and rid.space == LOCKS:
+        if rid.space == LOCKS and self._servers.listener(self._key(rid)) is not None:
             await self._run(_LEAVE, rid, (self._turn,), min(self.timeout, _LEAVING))
 
     def _forget_places(self) -> None:
@@ -317,9 +360,17 @@ class RedisBackend(Backend):
 
     async def scan(self, *, state: StateName | None = None, namespace: str | None = None) -> AsyncIterator[Record]:
         escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)
+        for send in await self._link.senders(time.monotonic() + self.timeout):
+            async for record in self._scan(send, f"{escaped}:c*", state, namespace):
+                yield record
+
+    async def _scan(
+        self, send: Send, pattern: str, state: StateName | None, namespace: str | None
+    ) -> AsyncIterator[Record]:
         cursor: Any = b"0"
         while True:
-            cursor, keys = await self._send(("SCAN", cursor, "MATCH", f"{escaped}:c*", "COUNT", 500), self.timeout)
+            ask = ("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
+            cursor, keys = await self._send(ask, self.timeout, send=send)
             for key in keys:
                 try:
                     rid = RecordId.parse(key.decode(errors="replace")[len(self.prefix) + 1 :])
@@ -337,30 +388,59 @@ class RedisBackend(Backend):
         return 0  # Redis drops what is past its retention
 
     def close(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-        link = self._links.get("sync")
-        if isinstance(link, SyncLink):
-            link.close()
+        self._servers.close()
 
     async def aclose(self) -> None:
-        self.close()
-        link = self._links.get("async")
-        if isinstance(link, AsyncLink):
-            await link.aclose()
+        await self._servers.aclose()
 
-    def _run(self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float) -> Coroutine[Any, Any, Any]:
+    async def _confirm_claim(self, rid: RecordId, reply: Any, sent: float, budget: float) -> None:
+        """As `_confirm`, of what a claim was told; nothing is to be confirmed where it was told to wait or refused."""
+        if not isinstance(reply, list):
+            await self._confirm(rid, reply, sent, budget, is_outcome=False)
+        elif reply[0] == 1:
+            await self._confirm(rid, reply[1], sent, budget, is_outcome=False)
+        elif reply[0] == 3:
+            await self._confirm(rid, int.from_bytes(reply[2][2:10]), sent, budget, is_outcome=True)
+
+    async def _confirm(self, rid: RecordId, token: int, sent: float, budget: float, *, is_outcome: bool) -> None:
+        """Return when `replicas` replicas have the record that was granted, or settled, under `token`.
+
+        Raises BackendUnavailable when they have not in most of the `budget` seconds from `sent` on (monotonic), or the
+        record is not there any more.
+        """
+        confirmed, until = 0, sent + _CONFIRMED * budget
+        while (left := until - time.monotonic()) > 0:
+            wait = ("WAIT", self.replicas, max(1, int(1000 * min(left, self.timeout / 4))))
+            found, confirmed = await self._run(_CONFIRM, rid, (), sent + budget - time.monotonic(), wait)
+            if not found or found[1] != token or (found[0] not in _OPEN) is not is_outcome:
+                raise BackendUnavailable("Redis lost the record before its replicas had it")
+            if confirmed >= self.replicas:
+                return
+        raise BackendUnavailable(f"{confirmed} of {self.replicas} replicas confirmed the record in time")
+
+    def _run(
+        self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float, *more: tuple[Any, ...]
+    ) -> Coroutine[Any, Any, Any]:
+        if self._servers.is_cluster:
+            script = script.sharded
         key = self._key(rid)
         keys = (2, key, f"{key}:line") if rid.space == LOCKS else (1, key)
-        return self._send(("EVALSHA", script.sha, *keys, *ask), budget, script)
+        return self._send(("EVALSHA", script.sha, *keys, *ask), budget, *more, script=script)
 
-    async def _send(self, command: tuple[Any, ...], budget: float, script: _Script | None = None) -> Any:
-        """The reply to `command`, sent again while that can help and `budget` seconds last."""
+    async def _send(
+        self,
+        command: tuple[Any, ...],
+        budget: float,
+        *more: tuple[Any, ...],
+        script: _Script | None = None,
+        send: Send | None = None,
+    ) -> Any:
+        """The reply to `command`, sent again while that can help and `budget` seconds last; with `more`, of all of them."""
         deadline = time.monotonic() + budget
         pause = 0.0
         while True:
             try:
-                return await self._link.send(command, deadline)
+                return await (send or self._link.send)(command, deadline, *more)
             except NoScriptError as error:
                 if script is None or command[0] == "EVAL":
                     raise _failure(error) from error
@@ -369,7 +449,7 @@ class RedisBackend(Backend):
             except (TimeoutError, RedisError, OSError) as error:
                 if not _transient(error):
                     raise _failure(error) from error
-                if _refused(error):
+                if is_refused(error):
                     raise BackendUnavailable(f"Redis refuses connections: {error}") from error
                 left = deadline - time.monotonic()
                 if left <= pause:
@@ -382,6 +462,21 @@ class RedisBackend(Backend):
 
 def _milliseconds(seconds: float) -> int:
     return max(1, math.ceil(seconds * 1000))
+
+
+def _replicas_of(given: Any, options: dict[str, str]) -> int:
+    """How many replicas `replicas=` asks for, from the argument or else from the URL's options; none by default."""
+    if given is None and "replicas" in options:
+        if not options["replicas"].isdecimal():
+            raise ValueError(f"replicas= in the URL must be a whole number, not {options['replicas']!r}")
+        given = int(options["replicas"])
+    if given is None:
+        return 0
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"replicas must be a whole number, not {given!r}")
+    if not 0 <= given <= 1000:
+        raise ValueError(f"replicas must be 0 or more, and not {given}")
+    return given
 
 
 def _found(reply: Any) -> tuple[Row, int] | None:
@@ -402,19 +497,6 @@ def _transient(error: Exception) -> bool:
     if isinstance(error, ResponseError) and not isinstance(error, _TRANSIENT):
         return str(error).startswith(_TRANSIENT_CODES)
     return isinstance(error, (*_TRANSIENT, RedisConnectionError, RedisTimeoutError, OSError, asyncio.TimeoutError))
-
-
-def _refused(error: BaseException | None) -> bool:
-    """Whether nobody listens at the address: asking again at once does not help."""
-    while error is not None:
-        if isinstance(error, (ConnectionRefusedError, FileNotFoundError, socket.gaierror)):
-            return True
-        if isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.ENOENT):
-            return True
-        if isinstance(error, OSError) and "Connect call failed" in str(error):  # asyncio, for several addresses
-            return "refused" in str(error) or str(errno.ECONNREFUSED) in str(error)
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _failure(error: Exception) -> BackendError:
