@@ -385,11 +385,7 @@ class Move:
     def __init__(self, cluster: RedisCluster, key: str) -> None:
         self.slot = int(cluster.clients[0].execute_command("CLUSTER", "KEYSLOT", key))
         ids = [client.execute_command("CLUSTER", "MYID") for client in cluster.clients]
-        owns = next(
-            number
-            for number, client in enumerate(cluster.clients)
-            if number == self.slot * len(ids) // 16_384 or client is None
-        )
+        owns = next(number for number in range(3) if self.slot < (number + 1) * 16_384 // 3)
         others = [number for number in range(len(ids)) if number != owns]
         self.source, self.target = cluster.clients[owns], cluster.clients[others[0]]
         self.third = cluster.clients[others[1]]
@@ -640,16 +636,14 @@ def test_what_a_claim_is_told_again_or_replays_is_confirmed_like_the_first(
         Commands(opened(primary.url, prefix=prefix), colour) as alone,
         Commands(opened(primary.url, prefix=prefix, replicas=1, timeout=0.5), colour) as safe,
     ):
-        assert isinstance(claim(safe, RecordId("n", "other")), Granted)
+        assert eventually(lambda: isinstance(_or_none(lambda: claim(safe, RecordId("n", "other"))), Granted))
         replica.freeze()
         granted = claim(alone, rid)
-        for _ in range(
-            2
-        ):  # the claim itself wrote nothing for these, on connections that had written what is confirmed
-            with pytest.raises(BackendUnavailable, match="0 of 1 replicas"):
+        for _ in range(2):  # the claim wrote nothing for these; their connection had last written what is confirmed
+            with pytest.raises(BackendUnavailable):
                 claim(safe, rid)
         alone.complete(rid, attempt=A, token=granted.token, codec="c", body=b"x", ttl=60.0)
-        with pytest.raises(BackendUnavailable, match="0 of 1 replicas"):
+        with pytest.raises(BackendUnavailable):
             claim(safe, rid, B)
         assert isinstance(claim(alone, rid, B), Settled)
         replica.thaw()
@@ -697,11 +691,11 @@ def test_a_claim_that_was_confirmed_outlives_its_primary_and_its_successor_has_a
     ):
         eventually(lambda: client.info("replication")["master_link_status"] == "up")
         rid = RecordId("n", "k")
-        with Commands(opened(primary.url, prefix=prefix, replicas=1, timeout=1), COLOURS[0]) as commands:
+        with Commands(opened(primary.url, prefix=prefix, replicas=1, timeout=20), COLOURS[0]) as commands:
             confirmed = claim(commands, rid)
             replica.freeze()
-            with pytest.raises(BackendUnavailable):
-                claim(commands, RecordId("n", "late"))
+            with pytest.raises(BackendUnavailable, match="0 of 1 replicas"):
+                claim(commands, RecordId("n", "late"), lease=1.0)
         primary.kill()
         replica.thaw()
         client.replicaof("NO", "ONE")
