@@ -120,6 +120,8 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
                 rid, attempt=held.attempt, fingerprint=b"", lease=plan.lease, keep=_KEEP, takeover=True, owner=_owner()
             )
         except BackendError as error:
+            if isinstance(error, BackendUnavailable) and plan.lease < plan.backend.timeout:
+                error.add_note(f"idempotent: no longer than lease={plan.lease:g} s is of use; a longer one allows more")
             held.report("backend_error", error=error)
             raise
         held.in_line = False

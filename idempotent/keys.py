@@ -64,7 +64,8 @@ def check_key(key: object) -> str:
     if not (key.isascii() and key.isprintable()):
         for place, character in enumerate(key):
             if category(character) in ("Cc", "Cs"):
-                raise InvalidKey(f"the key holds the control character {character!r} at position {place}")
+                kind = "control character" if category(character) == "Cc" else "lone surrogate, which is no character,"
+                raise InvalidKey(f"the key holds the {kind} {character!r} at position {place}")
     return key
 
 

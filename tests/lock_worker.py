@@ -3,10 +3,12 @@
 python lock_worker.py '{"colour": "sync", "options": {"backend": URL, "lease": 2, ...}}'
 
 hold NAME              take the lock and say "held TOKEN", or "busy"; then comes "leave" and "left", or "error CLASS"
+grab NAME FILE         take the lock, add one to the number in FILE, and again, until killed; Ctrl-C ends no more than a try
 count NAME FILE N M    M threads (tasks) add one to the number in FILE, N times each, under the lock; "counted"
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import threading
@@ -54,6 +56,24 @@ def count(name: str, path: Path, times: int, threads: int, options: dict[str, An
         thread.join()
 
 
+def grab(name: str, path: Path, options: dict[str, Any]) -> None:
+    while True:
+        with contextlib.suppress(KeyboardInterrupt), Lock(name, **options) as held:
+            add_one(path, held.token)
+
+
+def grab_async(name: str, path: Path, options: dict[str, Any]) -> None:
+    async def main() -> None:
+        while True:
+            async with AsyncLock(name, **options) as held:
+                await asyncio.sleep(0)
+                add_one(path, held.token)
+
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(main())
+
+
 async def count_async(name: str, path: Path, times: int, tasks: int, options: dict[str, Any]) -> None:
     lock = AsyncLock(name, **options)
 
@@ -76,6 +96,8 @@ def main() -> None:
             if verb == "hold":
                 asyncio.run(hold_async(name, options)) if is_async else hold(name, options)
                 say("left")
+            elif verb == "grab":
+                (grab_async if is_async else grab)(name, Path(rest[0]), options)
             else:
                 path, times, threads = Path(rest[0]), int(rest[1]), int(rest[2])
                 if is_async:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -24,9 +25,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from faulty import Faulty
+from proxy import Proxy
 from test_cancel import Paused, cancelled, only_this_task
 
 from idempotent import (
@@ -52,6 +55,7 @@ from idempotent import (
     open_backend,
     serialized,
 )
+from idempotent._drive import drive
 from idempotent._record import LOCKS, RecordId
 from idempotent.events import Event
 
@@ -1560,6 +1564,16 @@ def test_an_asynchronous_generator_that_ends_inside_its_block_frees_the_lock(bac
     assert time.monotonic() - began < 15
 
 
+def test_a_claim_that_had_no_more_time_than_its_lease_is_told_so(kind: Kind) -> None:
+    backend = Faulty(LocalBackend())
+    for lease in (0.5, 30):
+        backend.plant("claim", "before")
+        with pytest.raises(BackendUnavailable) as told:
+            kind.lock(backend=backend, lease=lease).acquire()
+        notes = getattr(told.value, "__notes__", [])
+        assert any("lease=0.5 s" in note for note in notes) == (lease == 0.5)
+
+
 def test_a_lease_too_short_to_be_held_is_no_endless_loop(kind: Kind) -> None:
     assert kind.lock(backend=LocalBackend(), lease=1e-6, heartbeat=False).acquire(wait=0) is None
 
@@ -1759,14 +1773,96 @@ def test_eight_processes_of_four_threads_count_right(
     times = 25 if shared_backend_url.startswith("redis") else 4
     path = tmp_path / "count"
     path.write_text("0 0\n")
-    workers = [hire() for _ in range(8)]
+    _count([hire() for _ in range(8)], path, times)
+    _assert_counted(path, 8 * 4 * times)
+
+
+@pytest.mark.parametrize("shared_backend_url", ["redis"], indirect=True)
+def test_processes_count_right_while_their_connections_are_reset(
+    hire: Callable[..., Worker], shared_backend_url: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "count"
+    path.write_text("0 0\n")
+    with _through_proxy(shared_backend_url) as (url, proxy):
+        workers = [hire(backend=url) for _ in range(4)]
+        done = start(_count, workers, path, 8)
+        while not done.done():
+            proxy.drop()
+            time.sleep(0.03)
+        done.result()
+    _assert_counted(path, 4 * 4 * 8)
+
+
+@contextlib.contextmanager
+def _through_proxy(url: str) -> Iterator[tuple[str, Proxy]]:
+    parts = urlsplit(url)
+    with Proxy(parts.hostname or "127.0.0.1", parts.port or 6379) as proxy:
+        user, at, _ = parts.netloc.rpartition("@")
+        yield urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}")), proxy
+
+
+def _count(workers: list[Worker], path: Path, times: int) -> None:
     for worker in workers:
         worker.tell(f"count l {path} {times} 4")
     for worker in workers:
         worker.hear("counted")
-    numbers, tokens = zip(*(map(int, line.split()) for line in path.read_text().splitlines()), strict=True)
-    assert list(numbers) == list(range(8 * 4 * times + 1))
+
+
+def _assert_counted(path: Path, last: int | None = None) -> None:
+    """One at a time did so, with growing tokens."""
+    lines = path.read_text().splitlines()
+    numbers, tokens = zip(*(map(int, line.split()) for line in lines), strict=True)
+    assert list(numbers) == list(range(len(lines) if last is None else last + 1))
     assert list(tokens) == sorted(set(tokens))
+
+
+def _storm(hire: Callable[..., Worker], lock: Any, path: Path, seconds: float, lease: float) -> None:
+    """Worker processes take turns, are interrupted, stopped for less than the lease, and killed."""
+    path.write_text("0 0\n")
+    dice = random.Random(7)
+
+    def grabbing() -> Worker:
+        worker = hire(lease=lease)
+        worker.tell(f"grab l {path}")
+        return worker
+
+    workers = [grabbing() for _ in range(5)]
+    eventually(lambda: path.stat().st_size > 100)
+    end = grew = time.monotonic()
+    end += seconds
+    size, longest = 0, 0.0
+    while time.monotonic() < end:
+        worker = dice.choice(workers)
+        kind = dice.choices(["interrupt", "stop", "kill"], [30, 5, 1])[0]
+        if kind == "interrupt":
+            worker.process.send_signal(signal.SIGINT)
+        elif kind == "stop":
+            worker.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
+            worker.process.send_signal(signal.SIGCONT)
+        else:
+            worker.end()
+            workers[workers.index(worker)] = grabbing()
+        time.sleep(dice.uniform(0, 0.03))
+        if (now := path.stat().st_size) != size:
+            size, grew = now, time.monotonic()
+        longest = max(longest, time.monotonic() - grew)
+    for worker in workers:
+        assert worker.process.poll() is None
+        worker.end()
+    _assert_counted(path)
+    assert longest < lease + 2.5  # a killed holder's lease, and a killed waiter's wake-up
+    hold = lock.acquire(wait=lease + 20)
+    assert hold is not None
+    assert hold.token > int(path.read_text().split()[-1])
+    hold.release()
+
+
+@pytest.mark.parametrize("shared_backend_url", ["redis"], indirect=True)
+def test_interrupted_stopped_and_killed_holders_and_waiters_leave_no_lock_behind(
+    hire: Callable[..., Worker], kind: Kind, shared_backend_url: str, tmp_path: Path
+) -> None:
+    _storm(hire, kind.lock(backend=shared_backend_url), tmp_path / "count", 2.0, 2.0)
 
 
 def test_a_killed_holders_lock_is_free_after_its_lease(
@@ -1859,6 +1955,23 @@ def test_a_forked_child_holds_nothing_and_frees_nothing(shared_backend_url: str)
     assert not lock.locked()
 
 
+@pytest.mark.parametrize("backend_url", ["redis"], indirect=True)
+def test_a_forked_child_does_not_take_its_parents_place_in_the_line(
+    backend_url: str, _fresh: contextlib.ExitStack
+) -> None:
+    hold = Lock("l", backend=apart(backend_url, _fresh)).acquire()
+    assert hold is not None
+    backend: Any = open_backend(backend_url).blocking()
+    rid = RecordId("", "l", LOCKS)
+    for stands, place_of_it in ((f"{backend._id}.{os.getpid()}", 17), (f"{backend._id}.{os.getppid()}", None)):
+        backend._places[rid.text] = stands, 17, time.monotonic()  # as a fork copies it
+        drive(backend.changed(rid, token=hold.token, timeout=0.7))
+        mine, place, _ = backend._places[rid.text]
+        assert mine == f"{backend._id}.{os.getpid()}"
+        assert (place == 17) == (place_of_it == 17)
+    hold.release()
+
+
 def test_a_child_forked_in_an_async_block_holds_nothing_and_frees_nothing(shared_backend_url: str) -> None:
     async def main() -> None:
         lock = AsyncLock("l", backend=shared_backend_url)
@@ -1883,8 +1996,17 @@ def test_a_child_forked_in_an_async_block_holds_nothing_and_frees_nothing(shared
 # ------------------------------------------------------------------------------------------------------ nothing is left
 
 
-def test_ten_thousand_holds_leave_nothing_behind(kind: Kind, backend_url: str, _fresh: contextlib.ExitStack) -> None:
-    times = 10_000 if backend_url.startswith(("local", "redis")) else 2_000
+def test_ten_thousand_holds_leave_nothing_behind(kind: Kind, backend_url: str) -> None:
+    _assert_holds_leave_nothing(kind, backend_url, 10_000 if backend_url.startswith(("local", "redis")) else 2_000)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_ten_thousand_holds_leave_nothing_behind_in_a_database_either(kind: Kind, backend_url: str) -> None:
+    _assert_holds_leave_nothing(kind, backend_url, 10_000)
+
+
+def _assert_holds_leave_nothing(kind: Kind, backend_url: str, times: int) -> None:
     lock = kind.lock("x0", backend=backend_url)
     lock.acquire().release()
     gc.collect()

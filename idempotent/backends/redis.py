@@ -177,8 +177,8 @@ class RedisBackend(Backend):
             raise ValueError(f"prefix must be text of 1 to 200 characters, not {self.prefix!r}")
         self._servers = servers_of(server, self.timeout)
         self._id = os.urandom(6).hex()
-        self._places: dict[str, tuple[Any, float]] = {}
-        """By lock: this process's place in its line, and when it was last asked for (monotonic seconds)."""
+        self._places: dict[str, tuple[str, Any, float]] = {}
+        """By lock: who stands in its line, in which place, and when it was last asked for (monotonic seconds)."""
         self._links = self._servers.links
         self._colour: str
         self._link: Link
@@ -326,13 +326,14 @@ class RedisBackend(Backend):
             return record is not None and record.state == "running" and record.token == token
 
         async def stands_in_line() -> bool:
-            place, seen = self._places.get(rid.text, (b"", 0.0))
-            if time.monotonic() - seen > _PLACE:
+            turn = self._turn
+            stands, place, seen = self._places.get(rid.text, ("", b"", 0.0))
+            if stands != turn or time.monotonic() - seen > _PLACE:  # a parent process's place stays the parent's
                 place = b""
-            place = await self._run(_WAIT, rid, (token, self._turn, place), self.timeout)
+            place = await self._run(_WAIT, rid, (token, turn, place), self.timeout)
             if place is None:
                 return False
-            self._places[rid.text] = place, time.monotonic()
+            self._places[rid.text] = turn, place, time.monotonic()
             return True
 
         link, channel = self._link, self._key(rid)
@@ -354,7 +355,7 @@ class RedisBackend(Backend):
         """Forget places in lines that nobody came back for."""
         if len(self._places) > 1000:
             now = time.monotonic()
-            for text, (_, seen) in list(self._places.items()):
+            for text, (_, _, seen) in list(self._places.items()):
                 if now - seen > _PLACE:
                     self._places.pop(text, None)
 
