@@ -1144,7 +1144,9 @@ def test_the_own_pool_that_is_used_up_runs_nothing_until_it_has_room(
             assert held.wait(30)
 
         if colour.is_async:
-            engine = (await link._engines.get()).engine
+            shared = await link._engines.get()
+            engine = shared.engine
+            await shared._close_idle()
             taken = [await engine.connect() for _ in range(_engines._CONNECTIONS)]
             with pytest.raises(BackendUnavailable):
                 await work()
@@ -1158,7 +1160,7 @@ def test_the_own_pool_that_is_used_up_runs_nothing_until_it_has_room(
         ]
         for thread in threads:
             thread.start()
-        eventually(lambda: link._free._value == 0)
+        eventually(lambda: link._free.qsize() == 0)
         with pytest.raises(BackendUnavailable):
             work()
         held.set()

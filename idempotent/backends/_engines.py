@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import os
+import queue
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends._loops import PerLoop
@@ -145,16 +146,18 @@ def _guarded(
     if left <= 0:
         raise TimeoutError("the deadline passed before a connection was free")
     if connection.dialect.name != "sqlite":
-        with _watchdog.watching(_descriptor(connection.connection.driver_connection), deadline):
-            try:
-                return work(connection)
-            except exc.OperationalError as error:
-                if connection.dialect.driver == "psycopg" and getattr(error.orig, "sqlstate", None) is None:
-                    # The server said nothing: psycopg may find the socket closed before libpq knows that the connection
-                    # is broken, and a rollback on it would hide why.
-                    connection.invalidate()
-                    error.connection_invalidated = True
-                raise
+        mark = _watchdog.watch(_descriptor(connection.connection.driver_connection), deadline)
+        try:
+            return work(connection)
+        except exc.OperationalError as error:
+            if connection.dialect.driver == "psycopg" and getattr(error.orig, "sqlstate", None) is None:
+                # The server said nothing: psycopg may find the socket closed before libpq knows that the connection
+                # is broken, and a rollback on it would hide why.
+                connection.invalidate()
+                error.connection_invalidated = True
+            raise
+        finally:
+            _watchdog.leave(mark)
     if busy_timeout is not None and abs(left - connection.info.get("busy", busy_timeout)) > busy_timeout / 20:
         connection.exec_driver_sql(f"PRAGMA busy_timeout={max(1, round(left * 1000))}").close()
         connection.info["busy"] = left
@@ -197,6 +200,14 @@ class _Here(threading.local):
     watches: contextlib.ExitStack | None = None
 
 
+def _permits() -> "queue.SimpleQueue[None]":
+    """One for each connection of an engine of ours: a semaphore that costs next to nothing."""
+    permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(_CONNECTIONS):
+        permits.put(None)
+    return permits
+
+
 class SyncLink:
     """Runs statements on the calling thread; `timeout`: what the engine was made with, None: it was given ready-made."""
 
@@ -207,7 +218,9 @@ class SyncLink:
         self._timeout = timeout
         self._guard = guard
         self._closed = False
-        self._free = threading.Semaphore(_CONNECTIONS)
+        self._free = _permits()
+        self._idle: list[Connection] = []
+        """Connections of an engine of ours that nobody uses; to take one costs less than the pool does."""
         self._held = 0
         self._here = _Here()
         self._is_sqlite = engine.dialect.name == "sqlite"
@@ -224,15 +237,49 @@ class SyncLink:
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
         """`work` on a connection, given up at monotonic `deadline`."""
         self._guard.check()
-        with self._until(deadline), self._checkout(self.engine.connect) as connection:
-            return _guarded(connection, work, deadline, self._timeout)
+        if self._timeout is None:
+            with self._connecting(deadline), self._checkout(self.engine.connect) as connection:
+                return _guarded(connection, work, deadline, None)
+        self._await_permit(deadline)
+        try:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                with self._connecting(deadline):
+                    connection = self.engine.connect()
+            try:
+                result = _guarded(connection, work, deadline, self._timeout)
+            except BaseException as error:
+                connection.close()
+                if getattr(error, "connection_invalidated", False):
+                    self._close_idle()  # they are as old, and most probably as dead
+                raise
+            self._idle.append(connection)
+            return result
+        finally:
+            self._give_permit()
+
+    def _await_permit(self, deadline: float) -> None:
+        """Use one of the connections of an engine of ours. Raises TimeoutError."""
+        try:
+            self._free.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError("the deadline passed before a connection was free") from None
+
+    def _give_permit(self) -> None:
+        self._free.put(None)
+        if self._closed:  # whoever closes it waits for no command, and may be followed by some
+            self._close_idle()
+            self.engine.pool.dispose()
+
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     @contextlib.contextmanager
-    def _until(self, deadline: float) -> Iterator[None]:
-        """What this thread does on the engine meanwhile ends at monotonic `deadline`."""
-        free = self._free if self._timeout is not None else None  # else its owner's pool counts
-        if free is not None and not free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TimeoutError("the deadline passed before a connection was free")
+    def _connecting(self, deadline: float) -> Iterator[None]:
+        """A connection that this thread opens meanwhile is there by monotonic `deadline`."""
         here = self._here
         outer = here.deadline, here.watches  # of the command that a signal's handler has interrupted
         try:
@@ -241,10 +288,6 @@ class SyncLink:
                 yield
         finally:
             here.deadline, here.watches = outer
-            if free is not None:
-                free.release()
-            if self._closed:  # whoever closes it waits for no command, and may be followed by some
-                self.engine.pool.dispose()
 
     def _checkout(self, connect: Callable[[], C]) -> C:
         """A connection of the pool; that of a ready-made engine may wait longer than we may."""
@@ -278,16 +321,25 @@ class SyncLink:
 
     def subscriber(self, timeout: float) -> PostgresSubscriber:
         """A connection of its own, to hear notifications on; its commands take up to `timeout` seconds each."""
-        with self._until(time.monotonic() + timeout):
-            pooled = self._checkout(self.engine.raw_connection)
+        deadline = time.monotonic() + timeout
+        if self._timeout is not None:
+            self._await_permit(deadline)
+        try:
+            self._close_idle()  # the pool has no more than there are permits
+            with self._connecting(deadline):
+                pooled = self._checkout(self.engine.raw_connection)
             connection = pooled.driver_connection
             pooled.detach()
+        finally:
+            if self._timeout is not None:
+                self._give_permit()
         return PostgresSubscriber(connection, timeout)
 
     def close(self) -> None:
         """Close the connections of an engine of ours; those in use, and those of later commands, after their command."""
         if self._timeout is not None:
             self._closed = True
+            self._close_idle()
             self.engine.pool.dispose()
 
     def before_fork(self) -> None:
@@ -295,8 +347,11 @@ class SyncLink:
         if not self._is_sqlite or self._timeout is None:
             return
         until = time.monotonic() + self._timeout
-        while self._held < _CONNECTIONS and self._free.acquire(timeout=max(0.0, until - time.monotonic())):
-            self._held += 1
+        with contextlib.suppress(TimeoutError):
+            while self._held < _CONNECTIONS:
+                self._await_permit(until)
+                self._held += 1
+        self._close_idle()
         self._guard.open |= self._held < _CONNECTIONS
         self.engine.dispose()
 
@@ -304,13 +359,14 @@ class SyncLink:
         """Go on."""
         while self._held:
             self._held -= 1
-            self._free.release()
+            self._free.put(None)
 
     def after_fork_in_child(self) -> None:
         """Forget every connection without closing it: they are the parent process's."""
-        _parents.append(self.engine.pool)
+        _parents.append((self.engine.pool, self._idle))
+        self._idle = []
         self.engine.dispose(close=False)
-        self._free = threading.Semaphore(_CONNECTIONS)
+        self._free = _permits()
         self._held = 0
 
 
@@ -319,29 +375,60 @@ def _close(connection: Any) -> None:
 
 
 class _Shared:
-    """An engine of one loop, closed when no command is under way: a connection that came back later would stay open."""
+    """An engine of one loop, closed when no command is under way: a connection that came back later would stay open.
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    One of ours keeps its connections at hand, as `SyncLink` does; of a ready-made one (`keeps` is False) the pool has them.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, keeps: bool) -> None:
         self.engine = engine
+        self._keeps = keeps
+        self._idle: list[AsyncConnection] = []
+        self._free = asyncio.Semaphore(_CONNECTIONS)
         self._commands = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._nobody = asyncio.Event()
+        self._nobody.set()
 
-    def begin(self) -> None:
-        """A command is under way."""
+    async def run(self, work: Callable[[Connection], R], *arguments: Any) -> R:
+        """`work(connection, *arguments)`."""
         self._commands += 1
-        self._idle.clear()
+        self._nobody.clear()
+        try:
+            if self._keeps:
+                async with self._free:
+                    return await self._on_kept(work, *arguments)
+            async with self.engine.connect() as connection:
+                return await connection.run_sync(work, *arguments)
+        finally:
+            self._commands -= 1
+            if not self._commands:
+                self._nobody.set()
 
-    def end(self) -> None:
-        """It has ended."""
-        self._commands -= 1
-        if not self._commands:
-            self._idle.set()
+    async def _on_kept(self, work: Callable[[Connection], R], *arguments: Any) -> R:
+        connection = self._idle.pop() if self._idle else await self.engine.connect()
+        try:
+            result = await connection.run_sync(work, *arguments)
+        except BaseException as error:
+            await _close_shielded(connection)
+            if getattr(error, "connection_invalidated", False):
+                await self._close_idle()
+            raise
+        self._idle.append(connection)
+        return result
+
+    async def _close_idle(self) -> None:
+        while self._idle:
+            await _close_shielded(self._idle.pop())
 
     async def dispose(self) -> None:
         """Close the connections."""
-        await self._idle.wait()
+        await self._nobody.wait()
+        await self._close_idle()
         await self.engine.dispose()
+
+
+async def _close_shielded(connection: AsyncConnection) -> None:
+    await asyncio.shield(asyncio.ensure_future(connection.close()))
 
 
 class AsyncLink:
@@ -362,9 +449,9 @@ class AsyncLink:
         self._is_sqlite = is_sqlite
         self._engines: _Shared | PerLoop[_Shared]
         if isinstance(source, AsyncEngine):
-            self._engines = _Shared(source)
+            self._engines = _Shared(source, keeps=False)
         else:
-            self._engines = PerLoop(lambda: _Shared(source()), _Shared.dispose)
+            self._engines = PerLoop(lambda: _Shared(source(), keeps=True), _Shared.dispose)
         _links.add(self)
 
     async def run(self, work: Callable[[Connection], R], deadline: float) -> R:
@@ -386,15 +473,8 @@ class AsyncLink:
 
     async def _run(self, work: Callable[[Connection], R], deadline: float) -> R:
         shared = await self._engines.get() if isinstance(self._engines, PerLoop) else self._engines
-        shared.begin()
-        try:
-            async with (
-                asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE),
-                shared.engine.connect() as connection,
-            ):
-                return await connection.run_sync(_guarded, work, deadline, self._timeout)
-        finally:
-            shared.end()
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE):
+            return await shared.run(_guarded, work, deadline, self._timeout)
 
     async def sleep(self, pause: float) -> None:
         """Let `pause` seconds pass."""

@@ -162,8 +162,11 @@ class Statements:
             .order_by(c.id)
             .limit(500)
         )
-        self._over = sa.select(c.id).where(c.expires <= now).limit(sa.bindparam("b_limit"))
-        these = sa.and_(c.id.in_(sa.bindparam("b_ids", expanding=True)), c.expires <= now)
+        # As a subquery, as no index is looked up by the value of a function that changes within a statement.
+        self._over = sa.select(c.id).where(c.expires <= sa.select(now).scalar_subquery()).limit(sa.bindparam("b_limit"))
+        self._over_free = self._over.with_for_update(skip_locked=True)
+        # With a sum, lest MySQL look `expires` up, and wait for rows beside these.
+        these = sa.and_(c.id.in_(sa.bindparam("b_ids", expanding=True)), c.expires + 0 <= now)
         remembered = sa.and_(c.state == State.COMPLETED.value, c.lease > 0)
         self._purge = table.delete().where(these, sa.or_(sa.not_(remembered), c.expires + c.lease <= now))
         nothing: Any = sa.literal_column("''" if dialect == "postgresql" else "x''")
@@ -348,8 +351,14 @@ class Statements:
         ]
 
     def purge(self, connection: Connection, limit: int) -> int:
-        """Drop at most `limit` rows past their retention, or their bodies where the keys are remembered; how many."""
-        ids = connection.execute(self._over, self._clocked({"b_limit": limit})).scalars().all()
+        """Drop at most `limit` rows past their retention, or their bodies where the keys are remembered; how many.
+
+        None that a transaction has locked, where the database can tell.
+        """
+        version = connection.dialect.server_version_info or ()
+        can_skip = {"sqlite": False, "postgresql": True, "mariadb": version >= (10, 6)}.get(self._dialect, version >= (8,))
+        over = self._over_free if can_skip else self._over
+        ids = connection.execute(over, self._clocked({"b_limit": limit})).scalars().all()
         if not ids:
             return 0
         values = self._clocked({"b_ids": list(ids)})

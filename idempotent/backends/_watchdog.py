@@ -30,19 +30,21 @@ class Watchdog:
         _all.add(self)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered directly, as a Condition's own methods are written in Python
+        self._changed = threading.Condition(self._lock)
         self._watched: dict[object, tuple[float, int]] = {}
         self._thread: threading.Thread | None = None
         self._wakes = 0.0
 
-    @contextmanager
-    def watching(self, descriptor: int | None, deadline: float) -> Iterator[None]:
-        """Shut the socket `descriptor` if the body lasts beyond monotonic `deadline`; None: watch nothing."""
+    def watch(self, descriptor: int | None, deadline: float) -> object:
+        """Shut the socket `descriptor` at monotonic `deadline`, unless `leave` has got what this returns by then.
+
+        None watches nothing. Raises OSError if there can be no thread.
+        """
         if descriptor is None:
-            yield
-            return
+            return None
         mark = object()
-        with self._changed:
+        with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._watch, name="idempotent-watchdog", daemon=True)
                 try:
@@ -53,11 +55,21 @@ class Watchdog:
             self._watched[mark] = (deadline, descriptor)
             if deadline < self._wakes:
                 self._changed.notify()
+        return mark
+
+    def leave(self, mark: object) -> None:
+        """The socket is not watched any more: when this returns, it has been shut or never will be."""
+        with self._lock:
+            self._watched.pop(mark, None)
+
+    @contextmanager
+    def watching(self, descriptor: int | None, deadline: float) -> Iterator[None]:
+        """Shut the socket `descriptor` if the body lasts beyond monotonic `deadline`; None: watch nothing."""
+        mark = self.watch(descriptor, deadline)
         try:
             yield
         finally:
-            with self._changed:
-                self._watched.pop(mark, None)
+            self.leave(mark)
 
     def _watch(self) -> None:
         idle = False

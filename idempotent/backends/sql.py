@@ -39,6 +39,9 @@ __all__ = ["SQLBackend", "records_table"]
 
 R = TypeVar("R")
 
+_BATCH = 1000
+"""Rows that `purge` drops in one statement."""
+
 
 class SQLBackend(Backend):
     """Records in a table of a SQL database.
@@ -263,7 +266,15 @@ class SQLBackend(Backend):
                 return
 
     async def purge(self, limit: int = 1000) -> int:
-        return await self._run(lambda connection: self._statements.purge(connection, limit), self.timeout)
+        dropped = 0
+        while dropped < limit:
+            # Short statements, each with a deadline of its own, so that nobody waits long for a row or for the file.
+            batch = min(_BATCH, limit - dropped)
+            found = await self._run(partial(self._statements.purge, limit=batch), self.timeout)
+            dropped += found
+            if found < batch:
+                break
+        return dropped
 
     def close(self) -> None:
         if self._listener is not None:

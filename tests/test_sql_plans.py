@@ -1,0 +1,184 @@
+"""What statements cost on a large table: the index that each uses, purges in batches, connections that stay at hand."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from colours import Colour
+from sqlalchemy import event
+from test_sql import A, Commands, engine_of, joined, on_each_database, on_each_server, opened, table_of
+
+from idempotent import SQLBackend
+from idempotent._drive import drive
+from idempotent._record import RecordId
+
+assert opened  # a fixture
+
+FILL = {
+    "postgresql": """
+        INSERT INTO {table} (id, space, namespace, "key", state, token, attempt, fingerprint, since, lease, lease_until,
+                             expires, codec, body)
+        SELECT left(md5(n::text) || md5((-n)::text), 48), 'c', 'n', n::text, 'C', n, 'aaaaaaaa', '', {now}, 0, 0,
+               {now} + (n - {over}) * 1000000000::bigint - 1, '', 'some bytes of a result'
+        FROM generate_series(1, {rows}) AS n""",
+    "sqlite": """
+        WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {rows})
+        INSERT INTO {table} (id, space, namespace, "key", state, token, attempt, fingerprint, since, lease, lease_until,
+                             expires, codec, body)
+        SELECT lower(hex(randomblob(24))), 'c', 'n', n, 'C', n, x'6161616161616161', x'', {now}, 0, 0,
+               {now} + (n - {over}) * 1000000000 - 1, '', x'aabbccdd' FROM numbers""",
+    "mysql": """
+        INSERT INTO {table} (id, space, namespace, `key`, state, token, attempt, fingerprint, since, lease, lease_until,
+                             expires, codec, body)
+        SELECT left(concat(md5(seq), md5(seq + 1)), 48), 'c', 'n', seq, 'C', seq, 'aaaaaaaa', '', {now}, 0, 0,
+               {now} + (CAST(seq AS SIGNED) - {over}) * 1000000000 - 1, '', 'some bytes of a result'
+        FROM seq_1_to_{rows}""",
+}
+
+
+def fill(url: str, rows: int, over: int) -> None:
+    """Completed records, of which `over` are past their retention."""
+    with engine_of(url) as engine, engine.begin() as connection:
+        statement = FILL[engine.dialect.name if engine.dialect.name in FILL else "mysql"]
+        values = {"table": table_of(url).name, "rows": rows, "over": over, "now": time.time_ns() // 1000}
+        connection.exec_driver_sql(statement.format(**values))
+    with engine_of(url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:
+        words = {"mysql": "ANALYZE TABLE", "mariadb": "ANALYZE TABLE"}.get(engine.dialect.name, "ANALYZE")
+        connection.exec_driver_sql(f"{words} {table_of(url).name}").close()
+
+
+@contextlib.contextmanager
+def sent_by(backend: SQLBackend) -> Iterator[list[tuple[str, Any, int]]]:
+    """The statements that the blocking view sends, with parameters and how many rows each changed."""
+    engine, sent = backend.blocking()._link.engine, []  # type: ignore[attr-defined]
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        sent.append((statement, parameters, cursor.rowcount))
+
+    event.listen(engine, "after_cursor_execute", note)
+    try:
+        yield sent
+    finally:
+        event.remove(engine, "after_cursor_execute", note)
+
+
+def every_command(backend: SQLBackend) -> None:
+    """All commands, in the ways that they take: fresh, lapsed, renewed, settled, withdrawn, forgotten."""
+    blocking = backend.blocking()
+
+    def claimed(key: str, **changes: Any) -> Any:
+        options: dict[str, Any] = {"fingerprint": b"f" * 16, "lease": 30.0, "keep": None, "takeover": True}
+        return drive(blocking.claim(RecordId("n", key), attempt=A, **(options | changes)))
+
+    rid = RecordId("n", "one")
+    token = claimed("one").token
+    claimed("one", fingerprint=b"g" * 16)
+    drive(blocking.renew(rid, attempt=A, token=token, lease=30.0))
+    drive(blocking.changed(rid, token=token, timeout=0.01))
+    drive(blocking.complete(rid, attempt=A, token=token, codec="", body=b"done", ttl=60.0))
+    claimed("one")
+    drive(blocking.read(rid))
+    drive(blocking.forget(rid))
+    two = RecordId("n", "two")
+    drive(blocking.release(two, attempt=A, token=claimed("two").token))
+    drive(blocking.release(RecordId("n", "three"), attempt=A, token=None))
+    drive(blocking.release(RecordId("n", "four"), attempt=A, token=claimed("four").token, unknown=True))
+    scan = blocking.scan()
+    drive(anext(scan))
+    drive(scan.aclose())
+    drive(blocking.purge(100))
+
+
+def uses_index(connection: sa.Connection, statement: str, parameters: Any, table: str) -> str | None:
+    """The plan of a statement that reads a table's rows one by one; None: it finds them by an index."""
+    if connection.dialect.name == "sqlite":
+        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+        read = [step for step in plan if table in step]
+        bad = any(step.startswith("SCAN") for step in read)
+    else:
+        plan = list(connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars())
+        bad = any(f"Seq Scan on {table}" in step for step in plan)
+    return "\n".join([statement, *plan]) if bad else None
+
+
+@pytest.mark.parametrize("backend_url", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize("rows", [20_000, pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_every_statement_finds_its_rows_by_an_index(backend_url: str, rows: int, opened: Callable[..., Any]) -> None:
+    backend = opened(backend_url, timeout=60)
+    drive(backend.blocking().read(RecordId("n", "k")))
+    fill(backend_url, rows, over=200)
+    with sent_by(backend) as sent:
+        every_command(backend)
+    statements = {statement: parameters for statement, parameters, _ in sent if "idle" not in statement}
+    assert len([one for one in statements if "DELETE" in one or "UPDATE" in one or "INSERT" in one]) >= 5
+    table = table_of(backend_url).name
+    with engine_of(backend_url) as engine, engine.connect() as connection:
+        plans = {
+            statement: uses_index(connection, statement, values, table)
+            for statement, values in statements.items()
+            if table in statement
+        }
+    assert len(plans) >= 8
+    assert [plan for plan in plans.values() if plan] == []
+
+
+@on_each_database
+def test_a_large_purge_is_many_short_statements(backend_url: str, opened: Callable[..., Any]) -> None:
+    backend = opened(backend_url)
+    blocking = backend.blocking()
+    drive(blocking.read(RecordId("n", "k")))
+    fill(backend_url, 2_400, over=2_300)
+    with sent_by(backend) as sent:
+        assert drive(blocking.purge(100_000)) == 2_300
+    assert [rows for statement, _, rows in sent if "DELETE" in statement] == [1000, 1000, 300]
+    assert drive(blocking.purge(100_000)) == 0
+
+
+@on_each_server
+def test_a_purge_passes_over_a_row_that_a_transaction_holds(
+    backend_url: str, colour: Colour, opened: Callable[..., Any]
+) -> None:
+    with Commands(opened(joined(backend_url, timeout="3")), colour) as commands, engine_of(backend_url) as engine:
+        commands.read(RecordId("n", "k"))
+        fill(backend_url, 3_000, over=20)
+        table = table_of(backend_url)
+        with engine.begin() as connection:
+            oldest = sa.select(table.c.id).order_by(table.c.expires).limit(1)
+            connection.execute(sa.select(table.c.id).where(table.c.id == connection.scalar(oldest)).with_for_update())
+            assert commands.purge() == 19
+        assert commands.purge() == 1
+
+
+@on_each_database
+def test_commands_one_after_another_take_one_connection_from_the_pool(
+    backend_url: str, colour: Colour, opened: Callable[..., Any]
+) -> None:
+    backend = opened(backend_url)
+    taken: list[Any] = []
+
+    def commands(number: int) -> Iterator[Any]:
+        yield from (backend.read(RecordId("n", f"{number}")) for number in range(number))
+
+    async def main() -> None:
+        nonlocal backend
+        backend = backend.asynchronous()
+        await backend.read(RecordId("n", "k"))
+        engine = (await backend._link._engines.get()).engine
+        event.listen(engine.sync_engine, "checkout", lambda *_: taken.append(1))
+        for command in commands(20):
+            await command
+        await backend.aclose()
+
+    if colour.is_async:
+        asyncio.run(main())
+    else:
+        backend = backend.blocking()
+        drive(backend.read(RecordId("n", "k")))
+        event.listen(backend._link.engine, "checkout", lambda *_: taken.append(1))
+        for command in commands(20):
+            drive(command)
+    assert taken == []
