@@ -389,25 +389,25 @@ class _Shared:
         self._nobody = asyncio.Event()
         self._nobody.set()
 
-    async def run(self, work: Callable[[Connection], R], *arguments: Any) -> R:
-        """`work(connection, *arguments)`."""
+    async def run(self, work: Callable[[Connection], R]) -> R:
+        """What `work` returns, on a connection."""
         self._commands += 1
         self._nobody.clear()
         try:
             if self._keeps:
                 async with self._free:
-                    return await self._on_kept(work, *arguments)
+                    return await self._on_kept(work)
             async with self.engine.connect() as connection:
-                return await connection.run_sync(work, *arguments)
+                return await connection.run_sync(work)
         finally:
             self._commands -= 1
             if not self._commands:
                 self._nobody.set()
 
-    async def _on_kept(self, work: Callable[[Connection], R], *arguments: Any) -> R:
+    async def _on_kept(self, work: Callable[[Connection], R]) -> R:
         connection = self._idle.pop() if self._idle else await self.engine.connect()
         try:
-            result = await connection.run_sync(work, *arguments)
+            result = await connection.run_sync(work)
         except BaseException as error:
             await _close_shielded(connection)
             if getattr(error, "connection_invalidated", False):
@@ -474,7 +474,7 @@ class AsyncLink:
     async def _run(self, work: Callable[[Connection], R], deadline: float) -> R:
         shared = await self._engines.get() if isinstance(self._engines, PerLoop) else self._engines
         async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE):
-            return await shared.run(_guarded, work, deadline, self._timeout)
+            return await shared.run(lambda connection: _guarded(connection, work, deadline, self._timeout))
 
     async def sleep(self, pause: float) -> None:
         """Let `pause` seconds pass."""
