@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import gc
+import logging
 import random
 import time
 import uuid
@@ -15,7 +16,7 @@ from benchmarks._peers import OURS, guards_of
 from benchmarks._report import quantile
 from benchmarks._work import Contender, charge, charge_async
 
-__all__ = ["KINDS", "Timings", "summary", "time_calls"]
+__all__ = ["KINDS", "Timings", "runner", "summary", "sync_rounds", "time_calls"]
 
 KINDS = ("first", "replay")
 _BLOCK = {"local": 400, "redis": 40, "postgresql": 20, "sqlite": 40}
@@ -36,6 +37,7 @@ class Timings(NamedTuple):
 
 def time_calls(store: str, colour: str, url: str, seconds: float, only: tuple[str, ...] = ()) -> Timings:
     """Measure in this process for `seconds`; `only`: peers of these names (and floors and ours); () is all of them."""
+    logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")  # what peers have to say about the way they are used is not of interest here
     guard = charge if colour == "sync" else charge_async
     guards, missing = guards_of(store, colour)
@@ -70,13 +72,18 @@ def _run_async(call: Callable[[str], Any], ids: list[str]) -> float:
             await call(one)
         return time.perf_counter() - begun
 
-    return _runner().run(calls())
+    return runner().run(calls())
 
 
 @functools.cache
-def _runner() -> asyncio.Runner:
+def runner() -> asyncio.Runner:
     """The event loop of this process, which clients are bound to."""
     return asyncio.Runner()
+
+
+def sync_rounds(store: str, contenders: dict[str, Contender], seconds: float) -> dict[str, dict[str, list[float]]]:
+    """The timings of contenders that a caller has made."""
+    return _rounds(store, contenders, _run_sync, seconds, {})
 
 
 def _rounds(

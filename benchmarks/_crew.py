@@ -56,13 +56,15 @@ class Crew:
         for line, order in zip(lines, orders, strict=True):
             line.send((function, order))
         results: list[T] = []
-        for line in lines:
+        failures = []
+        for line in lines:  # all of them, so that the next order's replies are not mistaken for these
             if not line.poll(seconds + _PATIENCE):
                 raise TimeoutError(f"{function.__name__} hangs")
             failure, result = line.recv()
-            if failure is not None:
-                raise RuntimeError(f"a worker failed:\n{failure}")
+            failures += [] if failure is None else [failure]
             results.append(result)
+        if failures:
+            raise RuntimeError(f"a worker failed:\n{failures[0]}")
         return results
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Target", "jain", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
@@ -85,9 +86,23 @@ def met_or_missed(targets: Sequence[Target]) -> str:
     return table("Targets", ("measured", "target", ""), rows)
 
 
+def _cpu_model() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
 def machine(*packages: str) -> dict[str, str]:
     """What this runs on, and the versions of the packages that are compared."""
-    found = {"system": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
+    kernel = platform.release().partition("-")[0]
+    found = {
+        "system": f"{platform.system()} {kernel} {platform.machine()}",
+        "cpus": f"{os.cpu_count()} x {_cpu_model()}",
+    }
     found["python"] = platform.python_version()
     for package in packages:
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import redis
 
-__all__ = ["Server", "postgres_server", "redis_server"]
+__all__ = ["Server", "postgres_server", "redis_server", "versions"]
 
 
 @dataclass(frozen=True)
@@ -181,3 +181,18 @@ def _ping_postgres(url: str) -> None:
     import psycopg
 
     psycopg.connect(url, connect_timeout=2).close()
+
+
+def versions(redis_url: str, postgres_url: str) -> dict[str, str]:
+    """What the servers are."""
+    import psycopg
+
+    with redis.Redis.from_url(redis_url) as client:
+        info: Any = client.info("server")
+    name = "Valkey" if "valkey_version" in info else "Redis"
+    with psycopg.connect(postgres_url) as connection:
+        number = connection.info.server_version
+    return {
+        name: info.get("valkey_version") or info["redis_version"],
+        "PostgreSQL": f"{number // 10000}.{number % 10000}",
+    }

@@ -47,17 +47,20 @@ class Slow:
     ended: list[float] = field(default_factory=list)
     """Monotonic seconds at which a run ended."""
 
-    def charge(self, order_id: str, amount: int) -> dict[str, Any]:
-        """Sleeps, on its thread."""
-        time.sleep(self.seconds)
-        self.ended.append(time.monotonic())
-        return receipt(order_id, amount)
+    def function(self, colour: str) -> Callable[..., Any]:
+        """A plain function, as some guards set attributes on what they are given; for "sync" or "async" callers."""
 
-    async def charge_async(self, order_id: str, amount: int) -> dict[str, Any]:
-        """Sleeps, on its loop."""
-        await asyncio.sleep(self.seconds)
-        self.ended.append(time.monotonic())
-        return receipt(order_id, amount)
+        def charge(order_id: str, amount: int) -> dict[str, Any]:
+            time.sleep(self.seconds)
+            self.ended.append(time.monotonic())
+            return receipt(order_id, amount)
+
+        async def charge_async(order_id: str, amount: int) -> dict[str, Any]:
+            await asyncio.sleep(self.seconds)
+            self.ended.append(time.monotonic())
+            return receipt(order_id, amount)
+
+        return charge if colour == "sync" else charge_async
 
 
 @dataclass(frozen=True)

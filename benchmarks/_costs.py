@@ -1,0 +1,132 @@
+"""What a guard costs beside its calls: bytes in Redis and in this process, imports, events, and processes at once."""
+
+import logging
+import subprocess
+import sys
+import time
+import tracemalloc
+import uuid
+import warnings
+from typing import Any
+
+import redis
+
+from benchmarks._calls import Timings, runner, sync_rounds
+from benchmarks._floors import FLOORS
+from benchmarks._peers import OURS, guards_of
+from benchmarks._work import AMOUNT, BODY, TTL, Contender, charge, charge_async
+from idempotent import configure
+from idempotent.events import log_event
+
+__all__ = ["IMPORTS", "bytes_in_redis", "bytes_of_local_record", "calls_per_second", "import_seconds", "time_events"]
+
+IMPORTS = {
+    "idempotent": "idempotent",
+    "powertools": "aws_lambda_powertools.utilities.idempotency",
+    "kasper-idempotent": "kasper_idempotent",
+    "idempotency": "idempotency",
+    "dogpile.cache": "dogpile.cache",
+    "pyidempotent": "pyidempotent",
+    "idempotency-kit": "idempotency_kit",
+    "cashews": "cashews",
+    "aiocache": "aiocache",
+    "DBOS": "dbos",
+    "redis": "redis",
+    "sqlalchemy": "sqlalchemy",
+}
+"""What a program imports, by name of the library."""
+
+
+def bytes_in_redis(url: str) -> dict[str, int]:
+    """What `MEMORY USAGE` says of the keys that one call leaves, for each peer; "SET" is the payload under a 41-byte key."""
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    client: Any = redis.Redis.from_url(url)
+    client.flushdb()
+    client.set("k" * 41, BODY, px=TTL * 1000)
+    found = {"SET": int(client.memory_usage("k" * 41, samples=0))}
+    for colour, function in (("sync", charge), ("async", charge_async)):
+        for name, guard in guards_of("redis", colour)[0].items():
+            client.flushdb()
+            try:
+                reply = guard(url, function)(uuid.uuid4().hex, AMOUNT)
+                if colour == "async":
+                    runner().run(reply)
+            except Exception:  # the calls' own table says why
+                continue
+            found.setdefault(name, sum(int(client.memory_usage(key, samples=0)) for key in client.scan_iter()))
+    client.flushdb()
+    return found
+
+
+def bytes_of_local_record(records: int) -> float:
+    """What one record of 200 bytes takes of this process's memory, keys and all."""
+    warnings.simplefilter("ignore")
+    call = guards_of("local", "sync")[0][OURS](f"local://?maxsize={2 * records}", charge)
+    call(uuid.uuid4().hex, AMOUNT)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(records):
+        call(uuid.uuid4().hex, AMOUNT)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return (after - before) / records
+
+
+def import_seconds(rounds: int) -> dict[str, list[float]]:
+    """Seconds of a Python that imports each and ends, a value a round; "bare Python" imports nothing."""
+    found: dict[str, list[float]] = {"bare Python": []}
+    programs = {"bare Python": "pass"} | {name: f"import {module}" for name, module in IMPORTS.items()}
+    for number in range(rounds + 1):
+        for name, program in list(programs.items()):
+            begun = time.perf_counter()
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=False)
+            took = time.perf_counter() - begun
+            if done.returncode:
+                del programs[name]  # not installed
+            elif number:  # the first reads files that are not in memory yet
+                found.setdefault(name, []).append(took)
+    return found
+
+
+def calls_per_second(store: str, url: str, who: str, kind: str, start: float, seconds: float) -> float:
+    """Of one process that does nothing else from monotonic `start` on; `who`: "floor" or ours."""
+    warnings.simplefilter("ignore")
+    one = next(iter(FLOORS[store, "sync"](url).values()))
+    if who != "floor":
+        one = Contender.of(guards_of(store, "sync")[0][OURS](url, charge))
+    call, known = getattr(one, kind), uuid.uuid4().hex
+    one.first(known)
+    time.sleep(max(0.0, start - time.monotonic()))
+    until = time.monotonic() + seconds
+    number = 0
+    while time.monotonic() < until:
+        for _ in range(10):
+            call(known if kind == "replay" else uuid.uuid4().hex)
+        number += 10
+    return number / seconds
+
+
+def time_events(seconds: float) -> Timings:
+    """Calls on the local backend without hooks, with the logging that is the default, and with a hook that counts."""
+    warnings.simplefilter("ignore")
+    call = guards_of("local", "sync")[0][OURS]("local://", charge)
+    counted: list[str] = []
+
+    def count(event: Any) -> None:
+        counted.append(event.name)
+        counted.clear()
+
+    current: list[Any] = [None]
+
+    def with_hooks(*hooks: Any) -> Contender:
+        def called(order_id: str) -> Any:
+            if current[0] is not hooks:  # at the first call of a turn, which does not count
+                configure(hooks=list(hooks))
+                current[0] = hooks
+            return call(order_id, AMOUNT)
+
+        return Contender(called, called)
+
+    contenders = {"no hook": with_hooks(), "logging": with_hooks(log_event), "a counter": with_hooks(count)}
+    return Timings(sync_rounds("local", contenders, seconds), "no hook", {})

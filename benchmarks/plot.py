@@ -1,0 +1,119 @@
+"""The picture of a run: what `python -m benchmarks --json FILE` wrote, as an SVG.
+
+python -m benchmarks.plot FILE [SVG]
+
+A panel for each store and colour with the ratios of first calls and replays to the store's floor, on a logarithmic scale;
+one for storms, with the milliseconds until the last of 200 duplicates has its answer, and in red who got it wrong.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+__all__ = ["drawn"]
+
+_WIDTH, _PANEL, _LABEL, _ROW = 920, 450, 170, 15
+_INK, _QUIET, _OURS, _FIRST, _REPLAY, _WRONG = "#222", "#888", "#0b5", "#8ab", "#357", "#c33"
+
+Bar = tuple[str, float, str, str]
+"""Label, value, colour, text beside it."""
+
+
+def drawn(found: dict[str, Any]) -> str:
+    """The SVG of a run."""
+    panels = [*_call_panels(found["sections"].get("calls", {})), *_storm_panels(found["sections"].get("storms", {}))]
+    parts: list[str] = []
+    tops = [50, 50]
+    for title, bars in panels:
+        column = tops.index(min(tops))
+        left, top = 10 + column * (_PANEL + 10), tops[column]
+        parts.append(_panel(title, bars, left, top))
+        tops[column] = top + (len(bars) + 3) * _ROW
+    height = max(tops) + 20
+    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value != "not installed")
+    words = [f"python -m benchmarks{' --quick' if found['quick'] else ''}: {about}"]
+    while len(words[-1]) > 150:  # no line wraps in an SVG
+        cut = words[-1].rfind(", ", 0, 150) + 2
+        words[-1:] = [words[-1][:cut], words[-1][cut:]]
+    head = "".join(_text(10, 14 + 12 * number, line, _QUIET, size=9) for number, line in enumerate(words))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" '
+        f'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>\n{head}\n'
+        + "\n".join(parts)
+        + "</svg>\n"
+    )
+
+
+def _call_panels(calls: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
+    panels = []
+    for title, one in calls.items():
+        bars: list[Bar] = []
+        kinds = one["kinds"]
+        for name in sorted(kinds["replay"], key=lambda name: kinds["replay"][name]["ratio"][1]):
+            for kind, colour in (("first", _FIRST), ("replay", _REPLAY)):
+                ratio = kinds[kind][name]["ratio"][1]
+                ours = name.startswith("idempotent") and name != "idempotency"
+                bars.append((f"{name}, {kind}", ratio, _OURS if ours else colour, f"{ratio:.2f}"))
+        panels.append((f"{title}: ratio to {one['floor']}", bars))
+    return panels
+
+
+def _storm_panels(storms: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
+    panels = []
+    for title, one in storms.items():
+        bars: list[Bar] = []
+        for name, own in one["peers"].items():
+            wait = median(own["last_ms"]) if own["last_ms"] else 0.1
+            runs, answers = max(own["runs"]), min(own["answers"])
+            colour = _WRONG if not own["correct"] else _OURS if name == "idempotent" else _REPLAY
+            commands = f", {median(own['commands']):.0f} commands" if own["commands"] else ""
+            wrong = "" if own["correct"] else f": ran {runs} x, {answers} answers"
+            bars.append((name, wait, colour, f"{wait:.1f} ms{commands}{wrong}"))
+        panels.append((f"Storm, {title} duplicates: ms to the last answer", sorted(bars, key=lambda bar: bar[1])))
+    return panels
+
+
+def _panel(title: str, bars: Sequence[Bar], left: int, top: int) -> str:
+    """Bars on a logarithmic scale, from a tenth of a decade below the least."""
+    parts = [_text(left, top, title, _INK, size=11, bold=True)]
+    values = [math.log10(max(value, 1e-3)) for _, value, _, _ in bars] or [0.0]
+    low, high = min(*values, 0.0) - 0.1, max(*values, 0.3)
+    room = _PANEL - _LABEL - 110
+    for number, ((label, _, colour, words), value) in enumerate(zip(bars, values, strict=False), 1):
+        y = top + number * _ROW
+        width = max(1.0, (value - low) / (high - low) * room)
+        parts.append(_text(left + _LABEL - 6, y + 4, label, _INK, size=9, end=True))
+        parts.append(f'<rect x="{left + _LABEL}" y="{y - 5}" width="{width:.1f}" height="10" fill="{colour}"/>')
+        parts.append(_text(int(left + _LABEL + width + 4), y + 4, words, _INK, size=9))
+    one = left + _LABEL + (0.0 - low) / (high - low) * room
+    bottom = top + len(bars) * _ROW + 8
+    parts.append(
+        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="{top + 6}" y2="{bottom}" stroke="{_QUIET}" stroke-dasharray="2 2"/>'
+    )
+    return "\n".join(parts)
+
+
+def _text(x: int, y: int, words: str, colour: str, *, size: int, bold: bool = False, end: bool = False) -> str:
+    more = ' font-weight="bold"' * bold + ' text-anchor="end"' * end
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}"{more}>{escape(words)}</text>'
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("file", type=Path, help="what --json wrote")
+    parser.add_argument("svg", type=Path, nargs="?", help="default: beside it, with the suffix .svg")
+    options = parser.parse_args(arguments)
+    target = options.svg or options.file.with_suffix(".svg")
+    target.write_text(drawn(json.loads(options.file.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

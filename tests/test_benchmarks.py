@@ -1,0 +1,114 @@
+"""The benchmark itself: what it writes and draws, and that its column of correctness convicts a guard that is broken."""
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from benchmarks import __main__ as program
+from benchmarks import _calls, _sections, _storms, plot
+from benchmarks._server import Server
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> _sections.Bench:
+    """Without servers, which its sections start nothing on."""
+    return _sections.Bench({}, tmp_path, quick=True)
+
+
+def verdict_on(guard: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, colour: str = "sync") -> dict[str, Any]:
+    """What a storm of 20 duplicates says of a guard."""
+    monkeypatch.setattr(_storms, "guards_of", lambda store, colour: ({"peer": guard}, {}))
+    monkeypatch.setattr(_storms, "_guarded", {})
+    monkeypatch.setattr(_storms.logging, "disable", lambda level: None)
+    _storms.prepare("local", colour, "local://", "peer")
+    return _storms.verdict([_storms.duplicate("local", colour, "peer", uuid.uuid4().hex, 20, time.monotonic())])
+
+
+def test_a_storm_convicts_a_guard_that_guards_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verdict_on(lambda url, function: function, monkeypatch)
+    assert (found["runs"], found["answers"]) == (20, 20)
+
+
+def test_a_storm_convicts_a_guard_that_answers_with_something_else_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def guard(url: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(order_id: str, amount: int) -> Any:
+            asked.append(1)
+            if len(asked) == 1:
+                return function(order_id, amount)
+            if len(asked) % 2:
+                raise BlockingIOError
+            return None
+
+        return guarded
+
+    found = verdict_on(guard, monkeypatch)
+    assert (found["runs"], found["answers"]) == (1, 1)
+    assert found["errors"] == {"another result": 10, "BlockingIOError": 9}
+
+
+@pytest.mark.parametrize("colour", ["sync", "async"])
+def test_a_storm_acquits_ours(colour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks._peers import guards_of
+
+    found = verdict_on(guards_of("local", colour)[0]["idempotent"], monkeypatch, colour)
+    assert (found["runs"], found["answers"], found["errors"]) == (1, 20, {})
+    assert found["last_ms"] > 0
+
+
+def test_wrong_storms_show_in_table_and_targets() -> None:
+    wrong = {"runs": 2, "answers": 199, "errors": {"LockError": 1}, "last_ms": 5.0}
+    own = _sections._storm_summary([wrong, {"runs": 1, "answers": 200, "errors": {}, "last_ms": 7.0}])
+    found = {"local, sync, 1 x 200": {"missing": {"DBOS": "not installed"}, "peers": {"idempotent": own}}}
+    assert not own["correct"]
+    text = _sections.storms_tables(found)
+    assert "WRONG 1 LockError" in text
+    assert "not installed" in text
+    assert [target.met for target in _sections.storms_targets(found)] == [False]
+
+
+def test_calls_are_measured_in_rounds_of_everybody_beside_the_floor() -> None:
+    timings = _calls.time_calls("local", "sync", "local://", 0.0, only=("nobody",))
+    assert timings.floor in timings.took["first"]
+    assert {len(own) for kind in timings.took.values() for own in kind.values()} == {1}
+    found = _calls.summary(timings)
+    assert found["kinds"]["replay"][timings.floor]["ratio"] == [1.0, 1.0, 1.0]
+    assert found["kinds"]["replay"]["idempotent"]["micros"] > 0
+
+
+def test_a_run_writes_json_prints_tables_and_can_be_drawn(
+    tmp_path: Path, bench: _sections.Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextlib.contextmanager
+    def prepared(*_: object, **__: object) -> Iterator[_sections.Bench]:
+        yield bench
+
+    def calls(bench: _sections.Bench) -> Any:
+        return {"local, sync, one CPU": _calls.summary(_calls.time_calls("local", "sync", "local://", 0.0))}
+
+    section = (calls, *_sections.SECTIONS["calls"][1:])
+    monkeypatch.setattr(program, "prepared", prepared)
+    monkeypatch.setattr(program, "versions", lambda *_: {})
+    monkeypatch.setattr(_sections.Bench, "url", lambda self, store: "")
+    monkeypatch.setitem(program.SECTIONS, "calls", section)
+    assert program.main(["--quick", "--only", "calls", "--json", str(tmp_path / "run.json")]) == 0
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["machine"]["python"]
+    assert [target["what"] for target in found["targets"]] == ["local, sync, one CPU: replay / cachetools, our key"]
+    assert "Targets" in capsys.readouterr().out
+    assert plot.main([str(tmp_path / "run.json")]) == 0
+    drawn = ET.fromstring((tmp_path / "run.svg").read_text())
+    words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "idempotent, replay" in words
+
+
+def test_a_server_of_somebody_else_is_not_pinned() -> None:
+    Server("redis://elsewhere", None).pin({0})
