@@ -355,8 +355,11 @@ class Statements:
 
         None that a transaction has locked, where the database can tell.
         """
-        version = connection.dialect.server_version_info or ()
-        can_skip = {"sqlite": False, "postgresql": True, "mariadb": version >= (10, 6)}.get(self._dialect, version >= (8,))
+        server: Any = connection.dialect
+        if self._hex:
+            can_skip = server.server_version_info >= ((10, 6) if server.is_mariadb else (8,))
+        else:
+            can_skip = self._dialect == "postgresql"
         over = self._over_free if can_skip else self._over
         ids = connection.execute(over, self._clocked({"b_limit": limit})).scalars().all()
         if not ids:
