@@ -42,6 +42,7 @@ class Settings:
     error_ttl: Mapping[type[Exception], Duration] | None = None
     on_crash: str | Callable[..., Any] = "rerun"
     on_outage: Literal["raise", "run"] = "raise"
+    near_cache: int = 0
     serializer: Any = None
     mode: Literal["enforce", "observe"] = "enforce"
     hooks: tuple[Hook, ...] = (log_event,)
@@ -61,6 +62,7 @@ def configure(
     error_ttl: Mapping[type[Exception], Duration] | None | Default = DEFAULT,
     on_crash: str | Callable[..., Any] | Default = DEFAULT,
     on_outage: Literal["raise", "run"] | Default = DEFAULT,
+    near_cache: int | Default = DEFAULT,
     serializer: Any = DEFAULT,
     mode: Literal["enforce", "observe"] | Default = DEFAULT,
     hooks: Sequence[Hook] | Default = DEFAULT,
@@ -79,6 +81,7 @@ def configure(
         error_ttl: errors to record and replay, and for how long.
         on_crash: "rerun", "raise" or a probe.
         on_outage: "raise" or "run".
+        near_cache: how many settled records of each function a process keeps copies of; 0: none.
         serializer: how results become bytes; None: JSON by the return annotation.
         mode: "enforce"; or "observe": every call runs its function and returns its value, and events tell what would
             have been replayed, waited for or refused. For adopting the decorator on a live system: locks, middleware and
@@ -100,6 +103,7 @@ def configure(
             ("error_ttl", error_ttl),
             ("on_crash", on_crash),
             ("on_outage", on_outage),
+            ("near_cache", near_cache),
             ("serializer", serializer),
             ("mode", mode),
             ("hooks", hooks),
@@ -125,6 +129,11 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
             result[name] = seconds(name, result[name])
     if result.get("wait") is not None:
         result["wait"] = seconds("wait", result["wait"], zero=True)
+    size = result.get("near_cache", 0)
+    if type(size) is not int:
+        raise TypeError(f"near_cache must be a whole number, not {size!r}")
+    if size < 0:
+        raise ValueError(f"near_cache must be 0 or more, not {size}")
     if result.get("remember") is not None:
         result["remember"] = seconds("remember", result["remember"])
     if result.get("error_ttl") is not None:

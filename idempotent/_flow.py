@@ -10,9 +10,11 @@ import inspect
 import warnings
 from collections.abc import Awaitable, Callable
 from random import random
+from time import monotonic
 from typing import Any
 
 from idempotent import events
+from idempotent._near import Mark
 from idempotent._record import (
     STEPS,
     Answer,
@@ -100,6 +102,7 @@ def at_hand(plan: Plan, text: str, found: tuple[Row, int]) -> Replay:
 
 
 _FAILED = State.FAILED
+_SETTLED = ("completed", "failed")
 
 
 async def begin(driver: Driver, run: Run) -> Replay | None:
@@ -119,6 +122,7 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         followed = await _follow(driver, run, flight, until)
         if followed is not None:
             return followed
+    mark = None if plan.near is None else plan.near.mark()
     try:
         settled = await _ask(driver, run, until)
         if settled is None:
@@ -132,7 +136,28 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         plan.flights.land(run)
         raise
     plan.flights.land(run, settled)
+    if mark is not None:
+        await _copy_found(run, settled, mark)
     return replay(run, settled)
+
+
+async def _copy_found(run: Run, settled: Settled, mark: Mark) -> None:
+    """Copy what a claim has found into the near-cache, for as long as the backend says that it is there."""
+    asked = monotonic()
+    try:
+        record = await run.plan.backend.read(run.rid)
+    except BackendError:
+        return
+    if record is not None and record.state in _SETTLED and record.token == settled.token and record.expires_in:
+        _copy(run, settled, mark, asked + record.expires_in)
+
+
+def _copy(run: Run, settled: Settled, mark: Mark, until: float) -> None:
+    if run.plan.near is not None:
+        state = State.FAILED if settled.failed else State.COMPLETED
+        since = int((monotonic() - settled.age) * 1e6)
+        row = Row(state, settled.token, b"", run.fingerprint, since, codec=settled.codec, body=settled.body)
+        run.plan.near.keep(mark, run.rid.text, row, until)
 
 
 def _refuse_reentry(driver: Driver, run: Run) -> None:
@@ -410,8 +435,12 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
     def fallback() -> Awaitable[Answer]:
         return step(refused)
 
+    mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
     stored = await _confirm(driver, run, step, fallback)
-    return recorded._replace(token=run.token or 0), stored
+    recorded = recorded._replace(token=run.token or 0)
+    if mark is not None and stored:
+        _copy(run, recorded, mark, sent + ttl)
+    return recorded, stored
 
 
 async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
@@ -619,7 +648,11 @@ async def forget(run: Run, *, force: bool) -> bool:
     if found is None or found.state != "running":
         # First: with the record gone, a new call could find them and skip what it is to do anew.
         await backend.forget(RecordId(run.rid.text, "", STEPS), force=True)
-    found = await backend.forget(run.rid, force=force)
+    try:
+        found = await backend.forget(run.rid, force=force)
+    finally:
+        for near in list(run.plan.flights.nears):
+            near.clear()
     if force:
         run.plan.flights.ground(run.rid)
     if found is not None and found.state == "running" and not force:

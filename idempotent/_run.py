@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from idempotent import events
+from idempotent._near import Near
 from idempotent._record import ATTEMPT_BYTES, RecordId, Settled
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend, Finder
@@ -75,6 +76,7 @@ class Plan:
         "keep_result",
         "lease",
         "namespace",
+        "near",
         "observes",
         "prefix",
         "probe",
@@ -110,6 +112,8 @@ class Plan:
         self.backend = backend
         self.find: Finder | None = None
         """How to look at settled records in this process's own memory; None: there are none."""
+        self.near: Near | None = None
+        """Where copies of settled records are kept; None: nowhere."""
         self.flights = flights
         self.codec = codec
         self.namespace = namespace
@@ -410,9 +414,11 @@ class Flight:
 class Flights:
     """The flights of one backend in this process, whatever the colour of the calls."""
 
-    __slots__ = ("__weakref__", "_by_key", "_lock")
+    __slots__ = ("__weakref__", "_by_key", "_lock", "nears")
 
     def __init__(self) -> None:
+        self.nears: weakref.WeakSet[Near] = weakref.WeakSet()
+        """The near-caches of the backend's functions."""
         self.reset()
         _all_flights.add(self)
 

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from idempotent._signals import Signals, TaskWaiter, ThreadWaiter
 from idempotent.backends.base import poll
@@ -157,6 +157,8 @@ class Listener:
 
     def __init__(self, connect: Callable[[], Subscriber]) -> None:
         self._connect = connect
+        self._sessions = 0
+        """So many connections have been made."""
         self._reset()
         _listeners.add(self)
 
@@ -177,6 +179,9 @@ class Listener:
         self._line: _Line | None = None
         self._refused_until = 0.0
         self._closing = False
+        self._watched: set[str] = set()
+        """Channels that are listened to for good."""
+        self._ask_again_at = 0.0
 
     def hears(self, channel: str) -> bool:
         """Whether messages of `channel` are heard at this moment."""
@@ -233,6 +238,30 @@ class Listener:
         finally:
             self._acknowledged.discard(channel, ack)
         return channel in self._heard
+
+    def watch(self, channel: str, woken: Any) -> None:
+        """Listen to `channel` for good: `woken.wake()` is called for each message, and whenever some may have been missed.
+
+        Returns at once; `session` tells when it is heard. To be called now and then, as a broken line is not mended
+        unasked.
+        """
+        now = time.monotonic()
+        if channel in self._heard or now < max(self._ask_again_at, self._refused_until):
+            return
+        with self._lock:
+            self._ask_again_at = now + _POLL
+            if channel not in self._watched:
+                self._watched.add(channel)
+                self._signals.add(channel, woken)
+                self._waiting[channel] = self._waiting.get(channel, 0) + 1
+                self._waiters += 1
+                self._left.pop(channel, None)
+            self._asked.add(channel)
+            self._ring()
+
+    def session(self, channel: str) -> int:
+        """A number that stays the same as long as no message of a watched channel can have been missed; 0: it is not heard."""
+        return self._sessions if channel in self._heard else 0
 
     def leave(self, channel: str, waiter: ThreadWaiter | TaskWaiter) -> None:
         """`waiter` waits no longer."""
@@ -343,6 +372,7 @@ class Listener:
             line = _Line(subscriber)
             with selectors.DefaultSelector() as selector:
                 selector.register(bell, selectors.EVENT_READ)
+                self._sessions += 1
                 self._line = line
                 self._serve(line, selector, bell)
         except Refused:

@@ -36,20 +36,22 @@ class Servers:
     """The links of each colour that is served, and who listens for messages."""
 
     is_cluster = False
+    one: Listener | None = None
+    """Who hears all that is published, where there is one server for good; None: nobody does."""
 
     def __init__(self, links: dict[str, Link], pool: Any, timeout: float) -> None:
         self.links = links
         subscribe = subscriber_of(pool, timeout)
-        self._one = None if subscribe is None else Listener(subscribe)
+        self.one = None if subscribe is None else Listener(subscribe)
 
     def listener(self, key: str) -> Listener | None:
         """Who hears what is published of `key`; None: nobody can, at this moment or at all."""
-        return self._one
+        return self.one
 
     def close(self) -> None:
         """Close the connections of blocking callers, and the listening ones."""
-        if self._one is not None:
-            self._one.close()
+        if self.one is not None:
+            self.one.close()
         if "sync" in self.links:
             self.links["sync"].close()
 

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from random import random
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from idempotent._record import Answer, Claim, Record, RecordId, Row, StateName
 
-__all__ = ["Backend", "Finder", "micros", "poll"]
+__all__ = ["Backend", "Copies", "Finder", "Heed", "micros", "poll"]
 
 
 def micros(seconds: float) -> int:
@@ -38,6 +38,15 @@ async def poll(holds: Callable[[], Awaitable[bool]], sleep: Callable[[float], Aw
 
 
 Finder = Callable[[str, bytes], tuple[Row, int] | None]
+Heed = Callable[[], int]
+
+
+class Copies(Protocol):
+    """Copies of settled records."""
+
+    def clear(self) -> None:
+        """Drop them all: something was forgotten, or may have been."""
+        ...
 
 
 class Backend(ABC):
@@ -75,6 +84,14 @@ class Backend(ABC):
 
         For stores in this process's memory. The look is given the text of a record's id and a fingerprint, and returns
         the row and the backend's time in microseconds where `claim` would reply Settled; None where it would not.
+        """
+        return None
+
+    def heed(self, copies: Copies) -> Heed | None:
+        """Have `copies` cleared whenever any process forgets a record; None: nobody tells. Keeps no reference that counts.
+
+        Gives what is to be asked before each record that is then copied: a number that stays the same as long as nothing
+        can have been missed; 0: nothing is heard at the moment.
         """
         return None
 

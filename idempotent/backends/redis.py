@@ -36,6 +36,7 @@ import hashlib
 import math
 import os
 import time
+import weakref
 from collections.abc import AsyncIterator, Coroutine
 from functools import cached_property
 from importlib.resources import files
@@ -85,7 +86,7 @@ from idempotent._record import (
 )
 from idempotent.backends._redis_links import Link, Send, is_refused
 from idempotent.backends._redis_sources import servers_of
-from idempotent.backends.base import Backend, micros, poll
+from idempotent.backends.base import Backend, Copies, Heed, micros, poll
 from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["RedisBackend"]
@@ -140,6 +141,18 @@ _WAIT, _LEAVE = _Script("wait"), _Script("wake", "leave")
 _CONFIRM = _Script("confirm")
 
 
+class _Heeding:
+    """Who is to know of each forget; it waits on a channel as one waiter."""
+
+    def __init__(self) -> None:
+        self.copies: weakref.WeakSet[Copies] = weakref.WeakSet()
+
+    def wake(self) -> None:
+        """Something was forgotten, or may have been."""
+        for copies in list(self.copies):
+            copies.clear()
+
+
 class RedisBackend(Backend):
     """Records in Redis or Valkey.
 
@@ -176,6 +189,7 @@ class RedisBackend(Backend):
         if not isinstance(self.prefix, str) or not 0 < len(self.prefix) <= 200:
             raise ValueError(f"prefix must be text of 1 to 200 characters, not {self.prefix!r}")
         self._servers = servers_of(server, self.timeout)
+        self._heeding = _Heeding()
         self._id = os.urandom(6).hex()
         self._places: dict[str, tuple[str, Any, float]] = {}
         """By lock: who stands in its line, in which place, and when it was last asked for (monotonic seconds)."""
@@ -210,6 +224,23 @@ class RedisBackend(Backend):
             view._colour, view._link = colour, self._links[colour]
             self._views[colour] = view
         return view
+
+    @property
+    def _forgotten(self) -> str:
+        """The channel on which a forget is told of."""
+        return f"{self.prefix}:forgotten"
+
+    def heed(self, copies: Copies) -> Heed | None:
+        listener, channel = self._servers.one, self._forgotten
+        if listener is None:
+            return None
+        self._heeding.copies.add(copies)
+
+        def session() -> int:
+            listener.watch(channel, self._heeding)
+            return listener.session(channel)
+
+        return session
 
     def _key(self, rid: RecordId) -> str:
         # A lock's key and that of its line are of one slot: the braces are what Redis Cluster looks at.
@@ -314,7 +345,8 @@ class RedisBackend(Backend):
 
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
         attempt = os.urandom(ATTEMPT_BYTES)
-        found = _found(await self._run(_FORGET, rid, (attempt, b"1" if force else b"0", TOMBSTONE), self.timeout))
+        told = b"" if self._servers.is_cluster else self._forgotten  # there it would be another node's message
+        found = _found(await self._run(_FORGET, rid, (attempt, b"1" if force else b"0", TOMBSTONE, told), self.timeout))
         if found is None:
             return None
         row, _ = machine.on_forget(found[0], attempt, found[1], force=force)
