@@ -42,17 +42,18 @@ def time_calls(store: str, colour: str, url: str, seconds: float, only: tuple[st
     guard = charge if colour == "sync" else charge_async
     guards, missing = guards_of(store, colour)
     contenders = dict(FLOORS[store, colour](url))
+    needed = {*contenders, OURS}
     floor = next(iter(contenders))
     for name, make in guards.items():
-        if not only or name in only or name.startswith(OURS):
+        if not only or name in only or name in needed:
             try:
                 contenders[name] = Contender.of(make(url, guard))
             except Exception as error:  # a peer that cannot be set up is told of, and the others are measured
-                if name.startswith(OURS):
+                if name in needed:
                     raise
                 missing[name] = f"{type(error).__name__}: {error}"
     run = _run_async if colour == "async" else _run_sync
-    return Timings(_rounds(store, contenders, run, seconds, missing), floor, missing)
+    return Timings(_rounds(store, contenders, run, seconds, needed, missing), floor, missing)
 
 
 Runner = Callable[[Callable[[str], Any], list[str]], float]
@@ -83,11 +84,11 @@ def runner() -> asyncio.Runner:
 
 def sync_rounds(store: str, contenders: dict[str, Contender], seconds: float) -> dict[str, dict[str, list[float]]]:
     """The timings of contenders that a caller has made."""
-    return _rounds(store, contenders, _run_sync, seconds, {})
+    return _rounds(store, contenders, _run_sync, seconds, set(contenders), {})
 
 
 def _rounds(
-    store: str, contenders: dict[str, Contender], run: Runner, seconds: float, missing: dict[str, str]
+    store: str, contenders: dict[str, Contender], run: Runner, seconds: float, needed: set[str], missing: dict[str, str]
 ) -> dict[str, dict[str, list[float]]]:
     known = uuid.uuid4().hex
     block = {}
@@ -98,7 +99,7 @@ def _rounds(
             run(one.replay, [known] * 10)
             mean = run(one.first, [uuid.uuid4().hex for _ in range(4)]) / 4
         except Exception as error:
-            if name.startswith(OURS):
+            if name in needed:
                 raise
             missing[name] = f"{type(error).__name__}: {error}"
             del contenders[name]

@@ -121,6 +121,7 @@ class _Records:
             "b_attempt": attempt,
             "b_token": token,
             "b_span": TTL * 1_000_000,
+            "b_past": 0,
             "b_state": State.COMPLETED.value,
             "b_codec": "json",
             "b_body": BODY,

@@ -75,8 +75,13 @@ def test_wrong_storms_show_in_table_and_targets() -> None:
     assert [target.met for target in _sections.storms_targets(found)] == [False]
 
 
-def test_calls_are_measured_in_rounds_of_everybody_beside_the_floor() -> None:
-    timings = _calls.time_calls("local", "sync", "local://", 0.0, only=("nobody",))
+@pytest.mark.parametrize("store", ["local", "sqlite", "redis", "postgresql"])
+def test_calls_are_measured_in_rounds_of_everybody_beside_the_floor(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    urls = {"local": "local://", "sqlite": f"sqlite:///{tmp_path}/records.db"}
+    url = urls.get(store) or request.getfixturevalue(f"own_{store.removesuffix('ql')}").url
+    timings = _calls.time_calls(store, "sync", url, 0.0, only=("nobody",))
     assert timings.floor in timings.took["first"]
     assert {len(own) for kind in timings.took.values() for own in kind.values()} == {1}
     found = _calls.summary(timings)
