@@ -124,18 +124,19 @@ class CallDriver(AsyncDriver[Run]):
     async def _step(
         self, step: steps.Step, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        try:
-            replay = await steps.begin(self, step)
-            if replay is not None:
-                return replay.value
-            with step:
-                value = await function(*args, **kwargs)
-        except GeneratorExit:  # the coroutine is thrown away and can await nothing
-            raise
-        except BaseException as error:
-            await finish(functools.partial(steps.drop, self, step, error))
-            raise
-        return await finish(functools.partial(steps.settle, self, step, value))
+        with step.under_way():
+            try:
+                replay = await steps.begin(self, step)
+                if replay is not None:
+                    return replay.value
+                with step:
+                    value = await function(*args, **kwargs)
+            except GeneratorExit:  # the coroutine is thrown away and can await nothing
+                raise
+            except BaseException as error:
+                await finish(functools.partial(steps.drop, self, step, error))
+                raise
+            return await finish(functools.partial(steps.settle, self, step, value))
 
 
 ASYNC = CallDriver(renew)

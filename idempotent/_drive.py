@@ -250,27 +250,28 @@ class CallDriver(SyncDriver[Run]):
             raise TypeError(f"the step {name!r} is an async function, and a sync function cannot await it")
         step = steps.Step(call, name, function, args, kwargs)
         value: Any = steps.NOTHING
-        try:
-            replay = drive(steps.begin(self, step))
-            if replay is not None:
-                return replay.value
-            with step:
-                found = function(*args, **kwargs)
-            if inspect.iscoroutine(found) and inspect.getcoroutinestate(found) == inspect.CORO_CREATED:
-                found.close()
-                raise TypeError(
-                    f"the step {name!r} gave {found.__qualname__}, an async function's, which a sync function cannot"
-                    " await: it has not run, and nothing was recorded"
-                )
-            value = found
-            return drive(steps.settle(self, step, value))
-        except BaseException as error:
-            if value is steps.NOTHING:
-                finish(functools.partial(steps.drop, self, step, error))
-            elif not isinstance(error, Exception):
-                # A signal handler raised this after the step was done: it is recorded all the same.
-                finish(functools.partial(steps.settle, self, step, value))
-            raise
+        with step.under_way():
+            try:
+                replay = drive(steps.begin(self, step))
+                if replay is not None:
+                    return replay.value
+                with step:
+                    found = function(*args, **kwargs)
+                if inspect.iscoroutine(found) and inspect.getcoroutinestate(found) == inspect.CORO_CREATED:
+                    found.close()
+                    raise TypeError(
+                        f"the step {name!r} gave {found.__qualname__}, an async function's, which a sync function cannot"
+                        " await: it has not run, and nothing was recorded"
+                    )
+                value = found
+                return drive(steps.settle(self, step, value))
+            except BaseException as error:
+                if value is steps.NOTHING:
+                    finish(functools.partial(steps.drop, self, step, error))
+                elif not isinstance(error, Exception):
+                    # A signal handler raised this after the step was done: it is recorded all the same.
+                    finish(functools.partial(steps.settle, self, step, value))
+                raise
 
 
 SYNC = CallDriver(renew)

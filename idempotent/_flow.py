@@ -452,7 +452,13 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
         if run.token is None:
             await _withdraw(driver, run, error)
             return
-        if not isinstance(error, Exception):
+        if isinstance(error, Exception):
+            await _last_steps(driver, run)
+        if run.steps and plan.takeover:
+            await driver.still(run)
+            error.add_note("idempotent: a step still runs, and the key stays claimed until its lease ends")
+            return
+        if run.steps or not isinstance(error, Exception):
             await driver.still(run)
             unknown = not plan.takeover
             await plan.backend.release(run.rid, attempt=run.attempt, token=run.token, unknown=unknown)
@@ -480,6 +486,20 @@ async def abandon(driver: Driver, run: Run, error: BaseException) -> None:
         error.add_note(f"idempotent: the key could not be released and stays claimed until its lease ends: {failure}")
     finally:
         plan.flights.land(run)
+
+
+async def _last_steps(driver: Driver, run: Run) -> None:
+    """Wait for the steps that still run, while the lease lasts: whoever is let in would do them again beside them."""
+    pause = 0.001
+    while run.steps and run.beating is not None and driver.now() < run.valid_until:
+        try:
+            await driver.sleep(pause)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            await driver.still(run)  # this wait is given up for good, also when the flow is run once more
+            raise
+        pause = min(2 * pause, 0.05)
 
 
 async def _withdraw(driver: Driver, run: Run, error: BaseException) -> None:

@@ -171,6 +171,7 @@ class Run:
         "plan",
         "raised",
         "rid",
+        "steps",
         "token",
         "unprotected",
         "valid_until",
@@ -202,6 +203,8 @@ class Run:
         self.waited = False
         self.raised = False
         """The function itself has raised."""
+        self.steps = 0
+        """How many of its steps are under way."""
         self.forks = _forks
 
     def new_attempt(self) -> bytes:
@@ -312,8 +315,8 @@ class Call:
             UnstableKey: an argument has no stable form.
             ResultUnavailable: the step was done, and its result could not be kept.
             BackendUnavailable: the step could not be claimed, and was not run.
-            CallError: there is no claim to record steps under (a probe, or a call that uses `within=`), or it is asked for
-                inside another step of this call.
+            CallError: there is no claim to record steps under (a probe, or a call that uses `within=`), it is asked for
+                inside another step of this call, or the call ended before the step began.
         """
         if not hasattr(self._driver, "step"):
             raise CallError(

@@ -15,6 +15,9 @@ that is still running belongs to a run before this one, or to one after it. The 
 (`renew`), the other's is taken away; if it does not, this run is over. So a run that was overtaken can record a step
 only where its successor has not yet come, and there it is right to: the step was done.
 
+**Its end.** A call that raises while steps of it still run (`asyncio.gather` leaves the others running) keeps its claim
+until they have ended, as a rerun would do the same again beside them. A step that had not begun by then is refused.
+
 **At the same time.** Steps of one run may be asked for by several threads or tasks. Their places are given out one by
 one; the journal is made by one of them while the others wait, as each would take the other's for a dead run's. A step
 inside a step is refused: the run that replays the outer one would not ask for the inner one, and so count differently.
@@ -22,6 +25,7 @@ inside a step is refused: the run that replays the outer one would not ask for t
 **Epoch.** `forget` drops the journal, in one command. The steps that are left then belong to no epoch any more.
 """
 
+import contextlib
 import copy
 import heapq
 import inspect
@@ -30,7 +34,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
 from hashlib import blake2b
 from types import TracebackType
@@ -113,8 +117,7 @@ class Step:
         run = call._run
         if not isinstance(name, str) or not name:
             raise TypeError(f"a step's name must be text, and not empty; not {name!r}")
-        if call._over:
-            raise CallError(f"the step {name!r} comes too late: the call it belongs to has returned")
+        _in_time(call, name)
         if run.valid_until == math.inf:
             raise CallError(
                 "a record within a transaction has no steps: they would be rolled back with it, when they are needed"
@@ -148,6 +151,18 @@ class Step:
         """As which it is claimed; None: it is not claimed yet."""
         self.over = False
 
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """From before its claim until its outcome is recorded: the call's key is not released meanwhile."""
+        with _places:
+            self.parent.steps += 1
+        try:
+            _in_time(self.call, self.name)
+            yield
+        finally:
+            with _places:
+                self.parent.steps -= 1
+
     def __enter__(self) -> None:
         """Around the function: no step of this call may be asked for in it."""
         self._mark: Token[Step | None] = _inside.set(self)
@@ -161,6 +176,11 @@ class Step:
         except ValueError:
             pass  # a coroutine that was thrown away is closed in another context than it ran in
         del self._mark
+
+
+def _in_time(call: Call, name: str) -> None:
+    if call._over:
+        raise CallError(f"the step {name!r} comes too late: the call it belongs to has ended")
 
 
 _inside: ContextVar[Step | None] = ContextVar("idempotent_step", default=None)
@@ -237,6 +257,7 @@ async def begin(driver: Driver, step: Step) -> Replay | None:
         return None
     if isinstance(reply, Granted):
         step.run = run
+        _in_time(step.call, step.name)  # it ended while this was asked
         return None
     if isinstance(reply, Mismatched):
         same = reply.stored[:_HALF] == step.fingerprint[:_HALF]

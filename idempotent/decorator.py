@@ -583,7 +583,8 @@ def _build(spec: _Spec, key: str | None) -> Any:
 
     async def explain(*args: Any, **kwargs: Any) -> Explanation:
         run = spec.question(args, kwargs, key)
-        return _explain(run, await flow.peek(run))
+        record = await flow.peek(run)
+        return _explain(run, record, within=spec.within is not None)
 
     async def forget(*args: Any, force: bool = False, **kwargs: Any) -> bool:
         return await flow.forget(spec.question(args, kwargs, key), force=force)
@@ -613,8 +614,9 @@ def _driven(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., An
     return driven
 
 
-def _explain(run: Run, record: Record | None) -> Explanation:
+def _explain(run: Run, record: Record | None, *, within: bool) -> Explanation:
     plan = run.plan
+    backend: Any = plan.backend
     decision: Decision
     if record is None:
         decision, reason = "would_run", "there is no record"
@@ -627,6 +629,8 @@ def _explain(run: Run, record: Record | None) -> Explanation:
         decision, reason = "would_replay", f"it {record.state} {record.age:.1f} s ago"
         if not flow.replayable(plan, record.codec, failed=record.state == "failed"):
             decision, reason = "would_refuse", f"{reason}, and its outcome cannot be given"
+    elif within and record.state == "running" and (backend.lives or (record.lease_left or 0.0) > 0):
+        decision, reason = "would_refuse", "it runs in this same transaction, or has committed it midway"
     elif record.state == "running" and (record.lease_left or 0.0) > 0:
         decision = "would_refuse" if plan.wait == 0 else "would_wait"
         reason = f"a call has been running for {record.age:.1f} s, its lease has {record.lease_left:.1f} s left"

@@ -27,6 +27,7 @@ from idempotent import (
     BackendUnavailable,
     CallError,
     Encrypted,
+    InProgress,
     LeaseLost,
     NotApplied,
     OutcomeUnknown,
@@ -779,7 +780,8 @@ def test_tasks_that_start_the_next_one_from_a_step_for_ever_keep_few_steps_alive
         ended[0].set()
         await finished[0].wait()
         gc.collect()
-        return sum(type(each) is steps.Step for each in gc.get_objects())
+        found = [each for each in gc.get_objects() if type(each) is steps.Step]
+        return sum(each.parent.rid.namespace == "chain" for each in found)
 
     assert asyncio.run(main()) <= 5
     assert started == 61
@@ -800,3 +802,143 @@ def test_past_the_ttl_of_the_function_a_step_runs_again() -> None:
             with pytest.raises(ConnectionError):
                 work()
         assert len(done) == runs
+
+
+def test_a_call_that_raises_keeps_its_key_until_its_last_step_has_ended(backend_url: str) -> None:
+    """`asyncio.gather` leaves the others running when one raises: a rerun beside them would do their work twice."""
+    done: list[str] = []
+    fails = [True]
+
+    async def main() -> None:
+        entered, opened = asyncio.Event(), asyncio.Event()
+
+        async def mail() -> None:
+            await entered.wait()
+            if fails:
+                raise ConnectionError
+
+        async def charge() -> str:
+            entered.set()
+            await opened.wait()
+            done.append("charge")
+            return "charged"
+
+        @idempotent(backend=backend_url, namespace="gathered", wait=0)
+        async def work() -> str:
+            call = current_call()
+            assert call is not None
+            _, found = await asyncio.gather(call.step("mail", mail), call.step("charge", charge))
+            return found
+
+        first = asyncio.create_task(work())
+        await entered.wait()
+        with pytest.raises(InProgress):
+            await work()
+        for _ in range(3):  # the first call has raised by now, or is about to: nobody is let in either way
+            with pytest.raises(InProgress):
+                await work()
+        assert not first.done()
+        opened.set()
+        with pytest.raises(ConnectionError):
+            await first
+        fails.clear()
+        assert await work() == "charged"
+
+    asyncio.run(main())
+    assert done == ["charge"]
+
+
+def test_a_call_that_raises_waits_for_the_steps_of_its_threads(backend_url: str) -> None:
+    done: list[str] = []
+    gate = Gate()
+    others: list[threading.Thread] = []
+
+    def charge() -> str:
+        if not done:
+            gate.pass_through()
+        done.append("charge")
+        return "charged"
+
+    @idempotent(backend=backend_url, namespace="threads", wait=0)
+    def work() -> str:
+        call = current_call()
+        assert call is not None
+        if others:
+            return call.step("charge", charge)
+        others.append(threading.Thread(target=lambda: call.step("charge", charge)))
+        others[0].start()
+        assert gate.entered.wait(30)
+        raise ConnectionError
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(work)
+        assert gate.entered.wait(30)
+        for _ in range(3):
+            with pytest.raises(InProgress):
+                work()
+        assert not first.done()
+        gate.opened.set()
+        with pytest.raises(ConnectionError):
+            first.result(30)
+    others[0].join(30)
+    assert work() == "charged"
+    assert done == ["charge"]
+
+
+@pytest.mark.parametrize(("on_crash", "refused"), [("rerun", InProgress), ("raise", OutcomeUnknown)])
+def test_a_call_that_is_cancelled_while_it_waits_for_a_step_leaves_its_key_as_a_crash_does(
+    on_crash: Any, refused: type[Exception]
+) -> None:
+    async def main() -> None:
+        entered, opened, raised = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def charge() -> None:
+            entered.set()
+            await opened.wait()
+
+        @idempotent(backend="local://", namespace=f"left {on_crash}", wait=0, on_crash=on_crash)
+        async def work() -> None:
+            call = current_call()
+            assert call is not None
+            others.append(asyncio.create_task(call.step("charge", charge)))
+            await entered.wait()
+            raised.set()
+            raise ConnectionError
+
+        others: list[asyncio.Task[None]] = []
+        first = asyncio.create_task(work())
+        await raised.wait()
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert not others[0].done()
+        with pytest.raises(refused):
+            await work()
+        opened.set()
+        await others[0]
+
+    asyncio.run(main())
+
+
+def test_a_step_that_had_not_begun_when_its_call_ended_is_refused() -> None:
+    done: list[str] = []
+
+    async def charge() -> None:
+        done.append("charge")
+
+    kept: list[Any] = []
+
+    @idempotent(backend="local://", namespace="not begun")
+    async def work() -> None:
+        call = current_call()
+        assert call is not None
+        kept.append(call.step("charge", charge))
+
+    async def main() -> None:
+        await work()
+        with pytest.raises(CallError, match="too late"):
+            await kept[0]
+
+    asyncio.run(main())
+    assert not done

@@ -62,6 +62,7 @@ def nested(bank: Bank, before: Callable[[Any], object], *, by_another: bool = Fa
         async def pay(session: Any, account: str) -> str:
             receipt: str = await session.run_sync(deposit, account)
             await session.run_sync(before)
+            assert (await pay.explain(session, account)).decision == "would_refuse"
             with pytest.raises(InProgress, match="in this same transaction"):
                 await (helper if by_another else pay)(session, account)
             return receipt
@@ -75,6 +76,7 @@ def nested(bank: Bank, before: Callable[[Any], object], *, by_another: bool = Fa
         def pay(session: Any, account: str) -> str:
             receipt = deposit(session, account)
             before(session)
+            assert pay.explain(session, account).decision == "would_refuse"
             with pytest.raises(InProgress, match="in this same transaction"):
                 (helper if by_another else pay)(session, account)
             return receipt

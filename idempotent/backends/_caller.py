@@ -219,6 +219,8 @@ class CallersTransaction(SQLBackend):
         self.token: int | None = None
         """The token of the claim, known before the claim is confirmed: an interruption may come between."""
         self._connection: Connection | None = None
+        self.lives = False
+        """Whether what was read last is a run that is not taken over, however old it is."""
         self._attempt = b""
         self._claims: set[bytes] = set()
         """The attempts that have claimed in this transaction and have not ended, this call's among them."""
@@ -300,6 +302,7 @@ class CallersTransaction(SQLBackend):
         def work(connection: Connection) -> Record | None:
             with contextlib.nullcontext() if self.name == "sqlite" else _savepoint(connection):
                 row, now = make.look(connection, rid)
+                self.lives = row is not None and row.state is State.RUNNING and _lives(connection, row.attempt)
                 return None if row is None else describe(rid, row, now)
 
         try:
