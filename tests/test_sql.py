@@ -872,6 +872,24 @@ def test_a_table_that_is_dropped_is_made_again(
     assert colour.call(work) == 2
 
 
+def test_a_table_is_made_however_often_the_connection_is_lost_meanwhile(
+    own_server: Server, table: str, colour: Colour, effects: Counter, opened: Callable[..., SQLBackend]
+) -> None:
+    losses = 5
+    with Proxy("127.0.0.1", own_server.port) as proxy:
+        backend = opened(through(proxy, own_server), table=table, timeout=30)
+
+        @sa.event.listens_for(backend.metadata, "before_create")
+        def lose(*_: Any, **__: Any) -> None:
+            nonlocal losses
+            if losses:
+                losses -= 1
+                proxy.drop()
+
+        assert colour.call(colour.define(effects.hit, backend=backend, namespace="n", lease=60)) == 1
+    assert losses == 0
+
+
 @on_each_database
 def test_threads_that_find_no_table_make_one(
     backend_url: str, effects: Counter, opened: Callable[..., SQLBackend]

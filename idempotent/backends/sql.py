@@ -293,7 +293,7 @@ class SQLBackend(Backend):
         """`work` on a connection, again while that can help and `budget` seconds last."""
         deadline = time.monotonic() + budget
         pause = 0.0
-        makes = 3 if self._create else 0  # the connection may be lost meanwhile; a lack of permission stays
+        makes = 3 if self._create else 0
         while True:
             try:
                 return await self._link.run(work, deadline)
@@ -306,18 +306,20 @@ class SQLBackend(Backend):
                             f"the database did not confirm within {budget:g} s: {_words(error)}"
                         ) from _cause(error)
             if missing:
-                makes -= 1
-                await self._make_table(deadline)
+                makes -= await self._make_table(deadline)
                 continue
             await self._link.sleep(pause * (0.5 + random() / 2))
             pause = min(0.25, pause * 2 or 0.005)
 
-    async def _make_table(self, deadline: float) -> None:
+    async def _make_table(self, deadline: float) -> bool:
+        """Make the table; whether the database answered: a lack of permission stays, a lost connection does not."""
         try:
             await self._link.run(lambda connection: self.metadata.create_all(connection, checkfirst=True), deadline)
-        except (TimeoutError, exc.SQLAlchemyError, OSError):
+        except (TimeoutError, exc.SQLAlchemyError, OSError) as error:
             # Others make it at the same moment, and only one of us succeeds. Whether it is there now, the next try tells.
             await self._link.sleep(0.01)
+            return not _is_transient(error)
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -359,6 +361,15 @@ def _words(error: Exception) -> str:
 def _is_missing(error: Exception) -> bool:
     """Whether the table is not there."""
     return _code(error) in ("42P01", 1146) or "no such table" in _words(error)
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same command may succeed when it is sent again."""
+    try:
+        _raise_unless_transient(error)
+    except BackendError:
+        return False
+    return True
 
 
 def _raise_unless_transient(error: Exception) -> None:
