@@ -16,7 +16,7 @@ from typing import Self
 from idempotent._record import OWNER_BYTES, Answer, Busy, Claim, Granted, Record, RecordId
 from idempotent._rooms import Driver, Held, Place, Plan, Room, lock_lost, not_held
 from idempotent._run import MARGIN
-from idempotent.errors import BackendError, BackendUnavailable, NotHeld
+from idempotent.errors import BackendError, BackendUnavailable, LockError, NotHeld
 
 _KEEP = 60.0
 """Seconds past its lease that the record of a dead holder is kept."""
@@ -34,6 +34,8 @@ _STREAK = 0.1
 """Seconds for which a process may have its way, although no other was met."""
 _TIMES = 8
 """As often may it in any case."""
+_LATE = 10
+"""So many claims in a row may be confirmed only after their lease before the lease is taken to be too short."""
 
 
 async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
@@ -42,7 +44,7 @@ async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
     Whatever is raised, `withdraw` is to follow.
 
     Raises:
-        LockError: the asking thread or task holds it.
+        LockError: the asking thread or task holds it, or claims are confirmed only after their lease has ended.
         BackendUnavailable: the claim could not be confirmed.
     """
     now = driver.now()
@@ -94,7 +96,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
     """Claim until the claim is granted; wait while others hold the lock. False: time ran out."""
     plan, rid = held.plan, held.rid
     trust = 2 * plan.backend.timeout + plan.lease
-    stepped_back = False
+    stepped_back, late = False, 0
     while True:
         now = driver.now()
         left = None if until is None else until - now
@@ -134,6 +136,12 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
                 held.claiming = False
                 if until is not None and driver.now() >= until:
                     return False
+                late += 1
+                if late == _LATE:
+                    raise LockError(
+                        f"lease={plan.lease:g} s is too short: {late} claims of the lock {rid.digest} in a row were"
+                        " granted, and each lease had ended before it could be used; a longer lease is needed"
+                    )
                 continue
             held.claiming = False
             if room.beaten or now - room.freed_at > _AGAIN:
@@ -149,7 +157,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
         held.claiming = False
         if not isinstance(reply, Busy):
             raise BackendError(f"the record of the lock {rid.digest} is no lock's: the backend answered {reply!r}")
-        now = driver.now()
+        now, late = driver.now(), 0
         room.rivals_until = now + _RIVALS
         room.beaten += 1
         left = None if until is None else until - now

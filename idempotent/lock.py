@@ -504,7 +504,7 @@ class Lock:
             wait: seconds or timedelta; 0: try once; None: for ever. Default: the lock's own.
 
         Raises:
-            LockError: this thread holds the lock already.
+            LockError: this thread holds the lock already, or `lease` is shorter than the backend takes to answer.
             BackendUnavailable: the backend could not confirm; nothing is held.
         """
         plan = self._options.plan()
@@ -629,7 +629,7 @@ class AsyncLock:
             wait: seconds or timedelta; 0: try once; None: for ever. Default: the lock's own.
 
         Raises:
-            LockError: this task holds the lock already.
+            LockError: this task holds the lock already, or `lease` is shorter than the backend takes to answer.
             BackendUnavailable: the backend could not confirm; nothing is held.
         """
         plan = self._options.plan()
