@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Callable, Iterable
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +486,28 @@ def test_a_stream_is_sent_as_it_comes_and_keeps_the_key_until_it_ends() -> None:
         assert client.body == b"one two"
         again = Client()
         await middleware(scope_of(), again.receive, again.send)
+        assert b"urn:idempotent:result-unavailable" in again.body
+
+    asyncio.run(main())
+
+
+def test_a_stream_is_recorded_before_its_last_part_is_sent() -> None:
+    async def main() -> None:
+        async def parts() -> Any:
+            yield b"one "
+            yield b"two"
+
+        middleware = served(streaming(parts))
+        client, again = Client(), Client()
+
+        async def send(message: Any) -> None:
+            await client.send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                # It has the whole answer, and asks at once: a request of its own, in a context of its own.
+                await asyncio.create_task(middleware(scope_of(), again.receive, again.send), context=Context())
+
+        await middleware(scope_of(), client.receive, send)
+        assert client.body == b"one two"
         assert b"urn:idempotent:result-unavailable" in again.body
 
     asyncio.run(main())

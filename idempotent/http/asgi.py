@@ -151,7 +151,7 @@ class _Taken:
     """What the application receives and sends: the whole request, and an answer that is held back until it is recorded.
 
     A stream (an answer in parts whose length is not said) and what is larger than `max_response` is passed on as it
-    comes, and recorded as done when the application returns. Where the headers tell it, they go out at once.
+    comes, and recorded as done before its last part is. Where the headers tell it, they go out at once.
     """
 
     def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
@@ -182,7 +182,7 @@ class _Taken:
         if not self._exchange.open or kind not in ("http.response.start", "http.response.body"):
             await self._send(message)
         elif self._streams:
-            await self._pass_on(message)
+            await self._stream(message)
         elif kind == "http.response.start":
             # Any iterable, as ASGI says, and it may give them only once.
             self._start = {**message, "headers": list(message.get("headers", ()))}
@@ -195,7 +195,7 @@ class _Taken:
             self._size += len(part)
             if self._is_too_much(self._start, more=more):
                 await self._begin_to_stream(self._start)
-                await self._pass_on({"type": "http.response.body", "body": b"".join(self._parts), "more_body": more})
+                await self._stream({"type": "http.response.body", "body": b"".join(self._parts), "more_body": more})
                 self._parts.clear()
             elif not more:
                 await self._finish(self._start)
@@ -223,6 +223,12 @@ class _Taken:
         if self._exchange.service.rules.kept_for(start["status"]) is not None:
             headers.append(NOT_STORED)
         await self._pass_on({**start, "headers": headers})
+
+    async def _stream(self, message: Message) -> None:
+        if self._start is not None and message["type"] == "http.response.body" and not message.get("more_body", False):
+            # First: whoever has the whole answer may ask again at once, and is not to be told that it still runs.
+            await _tasks.settle(self._exchange, Response(self._start["status"]), whole=False)
+        await self._pass_on(message)
 
     async def _pass_on(self, message: Message) -> None:
         try:
