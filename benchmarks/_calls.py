@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from benchmarks._floors import FLOORS
 from benchmarks._peers import OURS, guards_of
 from benchmarks._report import quantile
-from benchmarks._work import Contender, charge, charge_async
+from benchmarks._work import TTL, Contender, charge, charge_async
+from idempotent import idempotent
 
-__all__ = ["KINDS", "Timings", "runner", "summary", "sync_rounds", "time_calls"]
+__all__ = ["KINDS", "Timings", "runner", "summary", "sync_rounds", "time_calls", "time_near"]
 
 KINDS = ("first", "replay")
 _BLOCK = {"local": 400, "redis": 40, "postgresql": 20, "sqlite": 40}
@@ -54,6 +55,16 @@ def time_calls(store: str, colour: str, url: str, seconds: float, only: tuple[st
                 missing[name] = f"{type(error).__name__}: {error}"
     run = _run_async if colour == "async" else _run_sync
     return Timings(_rounds(store, contenders, run, seconds, needed, missing), floor, missing)
+
+
+def time_near(url: str, seconds: float) -> Timings:
+    """Measure replays from copies in the process of records in Redis, beside the local floor, in this process for `seconds`."""
+    logging.disable(logging.CRITICAL)
+    contenders = dict(FLOORS["local", "sync"](url))
+    floor = next(iter(contenders))
+    near = idempotent(backend=url, key="payment:{order_id}", ttl=TTL, near_cache=100_000)(charge)
+    contenders[OURS] = Contender.of(near)
+    return Timings(sync_rounds("local", contenders, seconds), floor, {})
 
 
 Runner = Callable[[Callable[[str], Any], list[str]], float]
