@@ -18,6 +18,7 @@ from decimal import Decimal
 from enum import Enum
 from functools import cached_property
 from pathlib import PurePath
+from types import MemberDescriptorType
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -139,13 +140,25 @@ def _instance(value: Any, kind: type, where: str, depth: int) -> Any:
     if fields is None:
         for base in _BASES:
             if isinstance(value, base) and kind.__eq__ is base.__eq__:
-                return ["sub", name, _canonical(_as_base(base, value), where, depth)]
+                return ["sub", name, _canonical(_as_base(base, value), where, depth), *_beside(value, where, depth)]
         if container is not None and kind.__eq__ is container.__eq__:
-            return ["sub", name, _canonical(container(value), where, depth)]
+            return ["sub", name, _canonical(container(value), where, depth), *_beside(value, where, depth)]
         if kind.__module__ == "ipaddress":
             return ["ip", name, str(value)]
     verb = "is" if depth == 1 else "holds"
     raise UnstableKey(f"{where} {verb} a {name}, which has no stable canonical form; {_WAYS_OUT}")
+
+
+def _beside(value: Any, where: str, depth: int) -> list[Any]:
+    """What an instance of a subclass of a built-in type holds besides its base's content, such as an amount's currency."""
+    slots = {
+        name: getattr(value, name)
+        for base in type(value).__mro__
+        if "__slots__" in vars(base)  # written in Python: the built-in types' own members are their content
+        for name, slot in vars(base).items()
+        if isinstance(slot, MemberDescriptorType) and hasattr(value, name)
+    }
+    return _sorted_pairs({**beside_fields(value, {}), **slots}, where, depth)
 
 
 _BASES: tuple[Any, ...] = (str, int, float, bytes, Decimal, datetime, date, UUID)

@@ -465,6 +465,50 @@ def test_what_an_instance_holds_beside_its_fields_is_not_dropped() -> None:
     assert bytes_or_refusal(one) != bytes_or_refusal(two)
 
 
+class Cents(int):
+    currency: str
+
+
+class Items(dict[str, int]):
+    currency: str
+
+
+class Lines(list[int]):
+    __slots__ = ("__currency",)  # mangled, as private names are
+
+    def __init__(self, items: list[int], currency: str) -> None:
+        super().__init__(items)
+        self.__currency = currency
+
+
+class Code(str):
+    __slots__ = ("currency",)
+
+    currency: str
+
+
+def held(value: Any, currency: str) -> Any:
+    value.currency = currency
+    return value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda currency: held(Cents(5), currency),
+        lambda currency: held(Items(a=5), currency),
+        lambda currency: held(Code("5"), currency),
+        lambda currency: Lines([5], currency),
+    ],
+    ids=["int", "dict", "str", "list"],
+)
+def test_what_an_instance_of_a_subclass_of_a_builtin_type_holds_is_not_dropped(make: Callable[[str], Any]) -> None:
+    """Or five dollars would be answered with the receipt of five euros."""
+    assert encode(make("EUR")) == encode(make("EUR"))
+    assert encode(make("EUR")) != encode(make("USD"))
+    assert encode(Cents(5)) != encode(held(Cents(5), "EUR"))
+
+
 def test_the_items_of_a_dataclass_that_is_a_dict_are_not_dropped() -> None:
     assert bytes_or_refusal(Bag("b", a=1)) != bytes_or_refusal(Bag("b", a=2))
 
