@@ -1,5 +1,6 @@
 """The README's Python blocks run, and its commands are what they say."""
 
+import inspect
 import itertools
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from idempotent import _demo, errors
+from idempotent import _demo, configure, errors, idempotent
 from idempotent.errors import IdempotencyError
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
@@ -82,3 +83,13 @@ def test_every_name_that_the_outcome_table_gives_is_an_error_of_ours() -> None:
         *("IdempotencyError", "CallError", "OutcomeError", "BackendError", "SerializationError"),
         *("LockError", "LockTimeout", "LockLost", "NotHeld"),
     }
+
+
+def test_the_table_of_options_has_them_all() -> None:
+    table = README.partition("\n## Options\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    one_by_one = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    alone = {name for row in rows if "○" in row for name in re.findall(r"`(\w+)`", row)}
+    everywhere = set(inspect.signature(configure).parameters)
+    assert one_by_one == {*inspect.signature(idempotent).parameters, *everywhere} - {"function"}
+    assert alone == one_by_one - everywhere
