@@ -39,7 +39,7 @@ from idempotent import _flow as flow
 from idempotent._drive import drive
 from idempotent._record import Answer, RecordId
 from idempotent._signals import TaskWaiter, ThreadWaiter
-from idempotent.backends._listener import Listener
+from idempotent.backends._listener import Listener, _Line
 
 
 class SlowRenewals(Faulty):
@@ -433,6 +433,20 @@ def waits() -> Iterator[Waits]:
     for wire in waits.wires:
         wire.close()
         wire.hang_up()
+
+
+def test_whoever_comes_to_read_what_another_has_read_does_not_block() -> None:
+    wire = Wire()
+    line = _Line(wire)
+    told: list[Any] = []
+    wire.publish("a")
+    assert line.has_come(30)
+    line.receive(told.append)
+    wire._ours.setblocking(False)  # a read that found nothing would raise
+    line.receive(told.append)
+    assert (told, len(wire.readers)) == ([(False, "a")], 1)
+    line.close()
+    wire.hang_up()
 
 
 def test_a_thread_that_waits_alone_reads_for_itself(waits: Waits) -> None:

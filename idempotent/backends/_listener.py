@@ -92,8 +92,6 @@ class _Line:
         """Whether the listener's thread waits for what comes."""
         self.rest: Iterator[Heard] | None = None
         """What was read, or begun to, and has not been told."""
-        self.steps = 0
-        """So many steps were taken: whoever was told of something to read before another step has to look again."""
         self.heard_at = time.monotonic()
         self.failure: Exception | None = None
         """What broke it in the hands of a reader."""
@@ -117,14 +115,14 @@ class _Line:
         if self.reader is not None:
             _ring(self._rings)
 
-    def receive(self, steps: int, tell: Callable[[Heard], None], until: ThreadWaiter | None = None) -> None:
-        """Tell what had come after so many `steps`; when `until` is woken, the rest is left for later."""
+    def receive(self, tell: Callable[[Heard], None], until: ThreadWaiter | None = None) -> None:
+        """Tell what has come; when `until` is woken, the rest is left for later."""
         with self._turn:
             if self.rest is None:
-                if self.steps != steps and not any(key.data for key, _ in self._selector.select(0)):
+                # Whoever had the turn before may have read what was there, and a read would block until more comes.
+                if not any(key.data for key, _ in self._selector.select(0)):
                     return
                 self.rest = iter(self.subscriber.receive())
-            self.steps += 1
             for heard in self.rest:
                 tell(heard)
                 if until is not None and until.is_woken:  # to look whether there is more would cost it time
@@ -136,7 +134,6 @@ class _Line:
     def take(self, step: Callable[[], Iterable[Heard]], tell: Callable[[Heard], None]) -> None:
         """Take another step of the subscriber, while nobody else uses it, and tell what came meanwhile."""
         with self._turn:
-            self.steps += 1
             for heard in step():
                 tell(heard)
 
@@ -307,13 +304,12 @@ class Listener:
     def _read(self, line: _Line, waiter: ThreadWaiter, until: float) -> None:
         """Read until `waiter` is woken, or monotonic `until` has come, or the line breaks."""
         while not waiter.is_woken and (left := until - time.monotonic()) > 0:
-            steps = line.steps
             has_come = line.has_come(left)
             if line.reader is not waiter:  # a signal handler has forked, and this is the child
                 return
             if has_come:
                 try:
-                    line.receive(steps, self._tell, waiter)
+                    line.receive(self._tell, waiter)
                 except BaseException as error:  # with what was read and not told, wake-ups are lost
                     self._break(line, error)
                     if isinstance(error, Exception):
@@ -429,13 +425,12 @@ class Listener:
             if over:
                 line.take(partial(subscriber.unsubscribe, over), self._tell)
             if reads and line.rest is not None:
-                line.receive(line.steps, self._tell)
-            steps = line.steps
+                line.receive(self._tell)
             for key, _ in selector.select(_LINGER):
                 if key.data is None:
                     bell.recv(4096)
                 else:
-                    line.receive(steps, self._tell)
+                    line.receive(self._tell)
             if time.monotonic() - line.heard_at > _QUIET:
                 line.take(subscriber.ping, self._tell)
                 line.heard_at = time.monotonic()
