@@ -120,6 +120,16 @@ def test_the_scripts_answer_and_store_what_the_machine_does(
     assert wrong == ""
 
 
+def test_the_scripts_do_what_the_machine_does_within_one_microsecond(
+    opened: Callable[..., RedisBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that stands still: what a real server meets once in a million times, such as a token that is the time."""
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.25)
+    with fakeredis.FakeRedis() as client, Commands(opened(client), COLOURS[0]) as commands:
+        wrong = disagreement(commands, Keys(client, "idem"), RecordId("n", "k"), seed=0, steps=400)
+    assert wrong == ""
+
+
 def test_the_servers_clock_alone_ends_a_lease(
     redis_server: Server | Address, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
 ) -> None:

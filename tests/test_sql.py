@@ -273,14 +273,20 @@ EVERY = ["in steps", pytest.param("every byte", marks=pytest.mark.soak)]
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("every", EVERY)
 def test_an_operation_cut_at_any_byte_is_answered_or_refused_and_its_repeat_agrees(
-    own_server: Server, table: str, operation: str, direction: Direction, every: str, opened: Callable[..., SQLBackend]
+    own_server: Server,
+    table: str,
+    colour: Colour,
+    operation: str,
+    direction: Direction,
+    every: str,
+    opened: Callable[..., SQLBackend],
 ) -> None:
     step = 1 if every == "every byte" else 7 if own_server.url.startswith("postgres") else 31
     refused = byte = 0
     with (
         Proxy("127.0.0.1", own_server.port) as proxy,
         Commands(opened(own_server.url, table=table), COLOURS[0]) as direct,
-        Commands(opened(through(proxy, own_server), table=table, timeout=3), COLOURS[0]) as cut,
+        Commands(opened(through(proxy, own_server), table=table, timeout=3), colour) as cut,
     ):
         while True:
             rid = RecordId("n", f"{direction}{byte:05}")
