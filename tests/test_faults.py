@@ -469,6 +469,25 @@ def test_postgresql_on_a_full_disk_refuses_before_the_run_and_replays(
     execute(own_postgres, f'DROP TABLE "{opened.name}"', f"DROP TABLESPACE {name}")
 
 
+def test_mariadb_on_a_full_disk_refuses_before_the_run_and_replays(
+    own_mariadb: Server, tiny_disk: Path, colour: Colour, opened: Any
+) -> None:
+    folder = tiny_disk / f"mariadb{secrets.token_hex(4)}"
+    folder.mkdir()
+    account = servers._account("mysql")
+    os.chown(folder, servers.pwd.getpwnam(account["user"]).pw_uid, account["group"])
+    backend = opened(own_mariadb.url, timeout=3)
+    with Commands(backend, COLOURS[0]) as commands:
+        commands.read(RecordId("n", "k"))
+    with pymysql.connect(host="127.0.0.1", port=own_mariadb.port, user="root", database="test") as connection:
+        cursor = connection.cursor()
+        cursor.execute(f"SHOW CREATE TABLE {opened.name}")
+        made = cursor.fetchall()[0][1]
+    execute(own_mariadb, f"DROP TABLE {opened.name}", f"{made} DATA DIRECTORY='{folder}'")
+    refused_until_there_is_room(colour, backend, tiny_disk, replays=True)
+    execute(own_mariadb, f"DROP TABLE {opened.name}")
+
+
 # ------------------------------------------------------------------------------------------------------------- partition
 
 

@@ -650,7 +650,9 @@ def test_a_replica_that_lost_its_primary_is_unavailable(
     assert effects.count == 0
 
 
-def test_a_server_busy_with_a_script_is_asked_again(effects: Counter, opened: Callable[..., RedisBackend]) -> None:
+def test_a_server_busy_with_a_script_is_asked_again(
+    colour: Colour, effects: Counter, opened: Callable[..., RedisBackend]
+) -> None:
     refusals: list[str] = []
 
     class Noting(redis.Connection):
@@ -661,15 +663,32 @@ def test_a_server_busy_with_a_script_is_asked_again(effects: Counter, opened: Ca
                 refusals.append(str(error))
                 raise
 
+    class AsyncNoting(redis.asyncio.Connection):
+        async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super().read_response(*args, **kwargs)
+            except redis.ResponseError as error:
+                refusals.append(str(error))
+                raise
+
+    def call() -> int:
+        with (
+            redis.ConnectionPool(connection_class=Noting, port=server.port) as pool,
+            redis.Redis(connection_pool=pool) as client,
+        ):
+            return COLOURS[0].call(COLOURS[0].define(effects.hit, backend=opened(client)))
+
+    async def async_call() -> int:
+        pool = redis.asyncio.ConnectionPool(connection_class=AsyncNoting, port=server.port)
+        async with redis.asyncio.Redis.from_pool(pool) as client:
+            return await COLOURS[1].define(effects.hit, backend=opened(client))()
+
     with (
         start_redis("--lua-time-limit 20") as server,
         client_of(server, socket_timeout=None) as hog,
         client_of(server) as judge,
-        redis.ConnectionPool(connection_class=Noting, port=server.port) as pool,
-        redis.Redis(connection_pool=pool) as client,
     ):
-        work = COLOURS[0].define(effects.hit, backend=opened(client))
-        client.ping()
+        hog.ping()
 
         def spin() -> None:
             with contextlib.suppress(redis.ResponseError):
@@ -685,7 +704,7 @@ def test_a_server_busy_with_a_script_is_asked_again(effects: Counter, opened: Ca
                 return str(error).startswith("BUSY") or "running a script" in str(error)
 
         eventually(busy)
-        running = COLOURS[0].start(work)
+        running = COLOURS[0].start(lambda: asyncio.run(async_call()) if colour.is_async else call())
         eventually(lambda: any("BUSY" in refusal or "running a script" in refusal for refusal in refusals))
         assert effects.count == 0
         judge.script_kill()
