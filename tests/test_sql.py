@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import sqlite3
 import subprocess
@@ -37,7 +38,7 @@ from idempotent import (
 )
 from idempotent._drive import drive
 from idempotent._options import split_url
-from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled
+from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, Unknown
 from idempotent.backends import _engines, _statements
 from idempotent.backends.sql import records_table
 
@@ -195,6 +196,43 @@ def test_of_many_claims_on_a_lapsed_lease_one_is_granted(backend_url: str, opene
     with Commands(opened(backend_url), COLOURS[0]) as commands:
         commands.read(RecordId("n", "k"))
         assert contended(commands, rounds=4) == []
+
+
+@on_each_database
+@pytest.mark.parametrize("late", ["renews", "completes"])
+def test_an_owner_who_comes_between_the_reading_and_the_writing_of_a_takeover_keeps_its_record(
+    backend_url: str, colour: Colour, late: str, opened: Callable[..., SQLBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is late, and not dead: its lease lives again, or its outcome is recorded, and nobody runs beside it."""
+    rid, backend = RecordId("n", "k"), opened(backend_url)
+    swap, swaps = backend._statements.swap, itertools.count()
+    with Commands(opened(backend_url), COLOURS[0]) as owner, Commands(backend, colour) as rival:
+        token = claim(owner, rid, lease=0.2).token
+        eventually(lambda: owner.read(rid).lease_left <= 0)
+        over = None
+        if late == "completes":
+            assert isinstance(claim(owner, rid, B, takeover=False), Unknown)
+            over = token
+
+        def delayed(*args: Any) -> bool:
+            if next(swaps) == 0:
+                answer = (
+                    owner.renew(rid, attempt=A, token=token, lease=30.0)
+                    if late == "renews"
+                    else owner.complete(rid, attempt=A, token=token, codec="json", body=b"42", ttl=60.0)
+                )
+                assert answer is Answer.DONE
+            return swap(*args)
+
+        monkeypatch.setattr(backend._statements, "swap", delayed)
+        reply = claim(rival, rid, B, over=over)
+        assert next(swaps) == 1
+        if late == "renews":
+            assert isinstance(reply, Busy)
+            assert owner.complete(rid, attempt=A, token=token, codec="json", body=b"42", ttl=60.0) is Answer.DONE
+            reply = claim(rival, rid, B)
+        assert isinstance(reply, Settled)
+        assert (reply.token, reply.body) == (token, b"42")
 
 
 def contended(commands: Commands, rounds: int, claims: int = 16) -> list[Any]:
