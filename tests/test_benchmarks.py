@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,13 @@ from benchmarks import _calls, _sections, _storms, plot
 from benchmarks._server import Server
 
 
+@pytest.fixture(autouse=True)
+def _heard_again() -> Iterator[None]:
+    """Measuring switches logging off for the whole process."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> _sections.Bench:
     """Without servers, which its sections start nothing on."""
@@ -26,7 +34,6 @@ def verdict_on(guard: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, colou
     """What a storm of 20 duplicates says of a guard."""
     monkeypatch.setattr(_storms, "guards_of", lambda store, colour: ({"peer": guard}, {}))
     monkeypatch.setattr(_storms, "_guarded", {})
-    monkeypatch.setattr(_storms.logging, "disable", lambda level: None)
     _storms.prepare("local", colour, "local://", "peer")
     return _storms.verdict([_storms.duplicate("local", colour, "peer", uuid.uuid4().hex, 20, time.monotonic())])
 

@@ -207,7 +207,8 @@ def test_an_owner_who_comes_between_the_reading_and_the_writing_of_a_takeover_ke
     rid, backend = RecordId("n", "k"), opened(backend_url)
     swap, swaps = backend._statements.swap, itertools.count()
     with Commands(opened(backend_url), COLOURS[0]) as owner, Commands(backend, colour) as rival:
-        token = claim(owner, rid, lease=0.2).token
+        owner.read(rid)  # connected before a claim that has no longer than its lease
+        token = claim(owner, rid, lease=0.4).token
         eventually(lambda: owner.read(rid).lease_left <= 0)
         over = None
         if late == "completes":
@@ -768,6 +769,8 @@ def test_a_server_without_free_connections_is_waited_for_or_named(
             )
             for _ in range(2)
         ]
+        for function in two:  # each has a connection: who comes late to a full server finds none that others have at hand
+            assert colour.call(function, 0) == 3
         storms = [COLOURS[0].start(many, colour, function, 20) for function in two]
         answers = [storm.result(60) for storm in storms]
         assert answers[0] == answers[1]
