@@ -2,9 +2,12 @@ r"""Results as JSON, their types rebuilt by the function's return annotation.
 
 A body begins with what tells its form:
 
-    JSON itself   the value as JSON; msgspec (or pydantic) rebuilds it by the annotation
     \x01          the canonical form: the value as it is, its classes reduced to dicts
-    \x02          the canonical form, rebuilt by the annotation: for what JSON alone would lose (a tuple in an Any)
+    \x02 + shape  the canonical form, rebuilt by the annotation: for what JSON alone would lose (a tuple in an Any)
+    \x03 + shape  the value as JSON; msgspec (or pydantic) rebuilds it by the annotation
+
+`shape` is the digest of the annotation's shape. Under an annotation of another shape the same JSON may be another value
+(a list that became a set, a field that was renamed and has a default), so such a record is not read at all.
 
 What is kept is decoded again and compared before a form is chosen, so no value ever changes between run and replay.
 """
@@ -24,17 +27,27 @@ import orjson
 
 from idempotent import canonical
 from idempotent._failures import exactly
+from idempotent._shape import LENGTH, digest_of
 from idempotent.errors import ResultTypeWarning, SerializationError
 
-__all__ = ["TypedJSON"]
+__all__ = ["TypedJSON", "without_mark"]
 
 _CANONICAL = b"\x01"
 _CONVERTED = b"\x02"
+_JSON = b"\x03"
 _UNTYPED = (Any, object, NoReturn, typing.Never)
 _NATIVE = (bytes, bytearray, datetime, date, time, timedelta, Decimal, UUID)
 
+_MARK = 1 + LENGTH
+"""The length of a mark that holds a shape."""
+
 Dump = Callable[[Any], bytes]
 Load = Callable[[bytes], Any]
+
+
+def without_mark(body: bytes) -> bytes:
+    """A body without what tells its form: JSON."""
+    return body[{_CANONICAL: 1, _CONVERTED: _MARK, _JSON: _MARK}.get(body[:1], 0) :]
 
 
 class TypedJSON:
@@ -53,6 +66,7 @@ class TypedJSON:
         self._dump: Dump | None = None
         self._load: Load | None = None
         self._convert: Callable[[Any], Any] | None = None
+        self._json = self._converted = b""
         try:
             self._resolve()
         except NameError:
@@ -77,6 +91,8 @@ class TypedJSON:
                     self._dump, self._load, self._convert = _by_pydantic(annotation)
                 else:
                     self._dump, self._load, self._convert = _by_msgspec(annotation)
+                shape = digest_of(annotation)
+                self._json, self._converted = _JSON + shape, _CONVERTED + shape
             except NameError:
                 raise
             except Exception as error:
@@ -92,14 +108,14 @@ class TypedJSON:
             try:
                 body = self._dump(value)
                 if exactly(self._load(body), value):
-                    return body
+                    return self._json + body
             except Exception:  # noqa: S110  a value that does not fit its annotation may break the encoder in any way
                 pass
         if self._convert is not None:
             try:
                 plain = canonical.dumps(value, rows=True)[0]
                 if exactly(self._convert(canonical.loads(plain)), value):
-                    return _CONVERTED + plain
+                    return self._converted + plain
             except Exception:  # noqa: S110
                 pass
         plain, reduced = canonical.dumps(value)
@@ -115,24 +131,22 @@ class TypedJSON:
 
     def decode(self, data: bytes, record: str) -> Any:
         """The value that was encoded. Raises SerializationError for bytes of another annotation."""
-        form = data[:1]
-        if form == _CANONICAL:
-            return canonical.loads(data[1:])
-        decode = self._load
-        if form == _CONVERTED:
-            convert = self._convert
-            decode = None if convert is None else lambda data: convert(canonical.loads(data[1:]))
-        if decode is None:
-            raise SerializationError(
-                f"it was recorded under a return annotation that {self._label} no longer has; put it back, or forget() the key"
-            )
+        mark = data[:_MARK]
         try:
-            return decode(data)
+            if mark == self._json and self._load is not None:
+                return self._load(data[_MARK:])
+            if mark == self._converted and self._convert is not None:
+                return self._convert(canonical.loads(data[_MARK:]))
         except Exception as error:  # its own words may quote the record
             raise SerializationError(
                 f"it does not fit the return annotation of {self._label} ({type(error).__name__});"
                 " annotate what the record holds, or forget() the key"
             ) from None
+        if data[:1] == _CANONICAL:
+            return canonical.loads(data[1:])
+        raise SerializationError(
+            f"it was recorded under a return annotation that {self._label} no longer has; put it back, or forget() the key"
+        )
 
     def value_of(self, text: bytes) -> Any:
         """The value that `text`, JSON written by hand, stands for. Raises SerializationError if the annotation has no such value."""

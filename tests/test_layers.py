@@ -12,7 +12,7 @@ LAYERS = [
     ["_record"],
     ["_machine"],
     ["canonical"],
-    ["_failures"],
+    ["_failures", "_shape"],
     ["_typed"],
     ["keys", "serializers"],
     ["events", "_signals", "_options"],

@@ -11,12 +11,13 @@ import math
 import os
 import pickle
 import re
+import subprocess
 import sys
 import threading
 import traceback
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -50,6 +51,7 @@ from idempotent import (
 from idempotent import _flow as flow
 from idempotent._failures import decode_error, encode_error, exactly
 from idempotent._record import RecordId, Row
+from idempotent._shape import digest_of
 from idempotent.serializers import Codec, codec_for
 
 RECORD = "c4:shop:order-1"
@@ -190,6 +192,19 @@ class Mixed(Enum):
 class Money:
     amount: Decimal
     currency: str = "EUR"
+
+
+@dataclass
+class Retold:
+    total: Decimal = Decimal(0)
+    currency: str = "EUR"
+
+
+@dataclass
+class Wider:
+    amount: Decimal
+    currency: str = "EUR"
+    fee: Decimal = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1007,6 +1022,16 @@ DEPLOYMENTS: list[tuple[Any, Any, Any]] = [
     (Card(last4="4242"), UNANNOTATED, Card),
     ("text", str, int),
     ("4242", str, Card),
+    (Money(Decimal("1.50")), Money, Retold),
+    (Money(Decimal("1.50")), Money, Wider),
+    ([1, 1, 2], list[int], set[int]),
+    ([1, 2], list[int], tuple[int, int]),
+    ([1, 2], list[int], list[float]),
+    (5, int, float),
+    ("1.50", str, Decimal),
+    ("2026-01-01", str, date),
+    ({"last4": "4242"}, dict[str, str], Card),
+    ((1, [2]), tuple[Any, Any], list[Any]),
 ]
 
 
@@ -1026,6 +1051,42 @@ def test_a_record_of_another_annotation_replays_as_the_run_answered_or_not_at_al
     else:
         assert picture(replay) == picture(first)
     assert after.runs == 0
+
+
+@pytest.mark.parametrize(
+    "then, now",
+    [
+        (int, int | None),
+        (int, Annotated[int, "cents"]),
+        (Literal["a"], Literal["a", "b"]),
+        (list[int], Sequence[int]),
+        (Money, Money | None),
+        (Colours, Enum("Colours", {"RED": "red", "BLUE": "blue", "GREEN": "green"})),
+        (Money, dataclasses.make_dataclass("Amount", [("currency", str), ("amount", Decimal)])),
+    ],
+    ids=called,
+)
+def test_an_annotation_that_only_allows_more_or_is_called_otherwise_reads_what_was_kept(then: Any, now: Any) -> None:
+    assert digest_of(then) == digest_of(now)
+
+
+def test_the_shape_of_an_annotation_is_the_same_in_every_process() -> None:
+    kinds = [Money, Line, Loose, Card, Tree, Money | Card | int | str, dict[str, list[tuple[int, ...]]], Colours, Size]
+    code = (
+        "import test_serializers as t; from idempotent._shape import digest_of; from typing import *;"
+        "print([digest_of(kind) for kind in (t.Money, t.Line, t.Loose, t.Card, t.Tree, t.Money | t.Card | int | str,"
+        " dict[str, list[tuple[int, ...]]], t.Colours, t.Size)])"
+    )
+    here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(here), "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str([digest_of(kind) for kind in kinds])
+    assert len({digest_of(kind) for kind in kinds}) == len(kinds)
 
 
 REFUSED = [row for row in DEPLOYMENTS if row[2] in (int, Cash, Card, Money, Parcel)]
@@ -1156,11 +1217,14 @@ def test_a_record_of_another_codec_is_unavailable_and_nothing_runs(before: Any, 
     assert function.runs == 0
 
 
+MONEY_JSON = b"\x03" + digest_of(Money)
+MONEY_CONVERTED = b"\x02" + digest_of(Money)
 BAD_BODIES = [
     b"",
     b"\x00",
     b"\x01",
     b"\x02",
+    b"\x03",
     b"\x02null",
     b"\x01{",
     b'\x01{"$": []}',
@@ -1169,12 +1233,17 @@ BAD_BODIES = [
     b'\x01{"$": ["i", "zz"]}',
     b'\x01{"$": 5}',
     b"\xff\xfe",
-    b"{",
-    b"null",
-    b"[]",
-    b'{"currency": "EUR"}',
-    b'{"amount": "x", "currency": "EUR"}',
-    b"[" * 5000,
+    b'{"amount": "1.50", "currency": "EUR"}',
+    b"\x03" + digest_of(int) + b'{"amount": "1.50", "currency": "EUR"}',
+    MONEY_JSON,
+    MONEY_JSON + b"{",
+    MONEY_JSON + b"null",
+    MONEY_JSON + b"[]",
+    MONEY_JSON + b'{"currency": "EUR"}',
+    MONEY_JSON + b'{"amount": "x", "currency": "EUR"}',
+    MONEY_JSON + b"[" * 5000,
+    MONEY_CONVERTED + b"null",
+    MONEY_CONVERTED + b'{"$": 5}',
     b"\x01" + b"[" * 5000 + b"]" * 5000,
 ]
 
@@ -1193,11 +1262,12 @@ def test_bytes_that_nobody_can_decode_are_unavailable_and_nothing_runs(body: byt
 @given(st.binary(max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_foreign_bytes_decode_to_a_serialization_error_or_to_what_fits(data: bytes) -> None:
-    try:
-        value = codec_of(Money).decode(data, RECORD)
-    except SerializationError:
-        return
-    assert isinstance(value, Money) or data[:1] == b"\x01"
+    for mark in (b"", MONEY_JSON, MONEY_CONVERTED):
+        try:
+            value = codec_of(Money).decode(mark + data, RECORD)
+        except SerializationError:
+            continue
+        assert isinstance(value, Money) or (mark + data)[:1] == b"\x01"
 
 
 # ------------------------------------------------------------------------------------------------------------- pickle

@@ -7,6 +7,7 @@ from typing import Any
 
 from idempotent._drive import drive
 from idempotent._record import ATTEMPT_BYTES, Granted, Record, RecordId, Settled
+from idempotent._typed import without_mark
 from idempotent.backends.base import Backend
 from idempotent.cli import find
 from idempotent.cli.console import lines, print_json, print_line, span
@@ -108,6 +109,6 @@ def _text_of(payload: Settled) -> str:
 def _readable(payload: Settled) -> str | None:
     """The body as text, without the mark of its form; None: it is none."""
     try:
-        return payload.body.lstrip(b"\x01\x02").decode()
+        return without_mark(payload.body).decode()
     except UnicodeDecodeError:
         return None
