@@ -20,6 +20,7 @@ from test_within import WORKERS_PAY
 
 def main() -> None:
     setup = json.loads(sys.argv[1])
+    bank_of(setup)  # the forks are born with the driver imported
     print("ready", flush=True)
     while line := sys.stdin.readline():
         account, step = line.split()
@@ -31,8 +32,12 @@ def main() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
+def bank_of(setup: dict[str, Any]) -> Bank:
+    return Bank(setup["kind"], Colour(setup["colour"]), setup["url"], setup["name"])
+
+
 def work(setup: dict[str, Any], account: str, step: int) -> None:
-    bank = Bank(setup["kind"], Colour(setup["colour"]), setup["url"], setup["name"])
+    bank = bank_of(setup)
     left = step
 
     def reach(*_: Any) -> None:

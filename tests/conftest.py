@@ -1,6 +1,7 @@
 """Fixtures: the servers, and a backend URL of its own for each test."""
 
 import contextlib
+import gc
 import secrets
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ from idempotent import _config
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and what they import stay to the end: no garbage collection needs to look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=COLOURS, ids=repr)

@@ -172,16 +172,16 @@ def test_a_killed_workers_outcome_is_unknown_until_it_is_resolved(
     hire: Hire, shared_backend_url: str, colour: Colour, effects: Path
 ) -> None:
     work = define(colour, shared_backend_url, effects, on_crash="raise", error_ttl={KeyError: 60})
-    worker = hire(on_crash="raise")
-    for order in ("o1", "o2", "o3"):
-        token = worker.enter(order)
+    workers = {order: hire(on_crash="raise") for order in ("o1", "o2", "o3")}
+    tokens = {order: worker.enter(order) for order, worker in workers.items()}
+    for worker in workers.values():
         worker.signal(signal.SIGKILL)
+    for order, token in tokens.items():
         for _ in range(2):
             with pytest.raises(OutcomeUnknown):
                 colour.call(work, order)
         record = colour.call(work.peek, order)
         assert (record.state, record.token, record.expires_in) == ("unknown", token, None)
-        worker = hire(on_crash="raise")
     assert happened(effects) == []
     assert colour.call(work.resolve, "o1", result="by hand") is True
     assert colour.call(work, "o1") == "by hand"
@@ -195,7 +195,7 @@ def test_a_killed_workers_outcome_is_unknown_until_it_is_resolved(
     assert colour.call(work, "o3") == "by the test, o3"
     with pytest.raises(CallError, match="absent"):
         colour.call(work.resolve, "o4", not_applied=True)
-    token = worker.enter("o5")
+    hire(on_crash="raise").enter("o5")
     with pytest.raises(InProgress):
         colour.call(work.resolve, "o5", not_applied=True)
 

@@ -279,7 +279,7 @@ def test_interrupted_at_any_moment_a_caller_who_commits_all_the_same_has_both_or
                 transaction.rollback()
                 committed = False
         if bank.kind == "sqlite":
-            gc.collect()  # a cursor in the traceback keeps the lock
+            gc.collect(1)  # a cursor in the traceback keeps the lock
         entries, done, running = looks.execute(counted).one()
         assert (entries, running) == (done, 0), f"step {len(accounts)}: {entries} effects, {done} records"
         fates.add((raised, committed, entries - effects))
