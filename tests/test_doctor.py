@@ -1,5 +1,6 @@
 """`idempotent doctor`: the right verdict on each set-up, with the reason and the remedy, and nothing written."""
 
+import contextlib
 import json
 import re
 import time
@@ -11,12 +12,11 @@ import psycopg
 import pymysql
 import pytest
 import redis
-from servers import Server, start_mariadb, start_postgres, start_redis
+from servers import RedisCluster, Server, start_mariadb, start_postgres, start_redis, start_sentinel
 
-from idempotent import RedisBackend, idempotent
-from idempotent._drive import drive
+from idempotent import idempotent
 from idempotent.cli import doctor_sql
-from idempotent.cli.doctor_redis import CALLS_NEED, LOCKS_NEED, _Server
+from idempotent.cli.doctor_redis import NEEDS
 from idempotent.cli.main import main
 from idempotent.cli.verdict import Finding, clock, verdict_of
 
@@ -69,7 +69,7 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
 
 @pytest.fixture(scope="module")
 def durable() -> Iterator[Server]:
-    with start_redis("--appendonly yes") as server:
+    with start_redis("--appendonly yes --repl-diskless-sync-delay 0") as server:
         yield server
 
 
@@ -157,34 +157,107 @@ def test_a_replica_is_not_safe_and_its_primary_is_for_retries_alone(durable: Ser
         assert "READONLY" in report.findings["replicas"].why
         report = doctor(durable.url)
         assert (report.verdict, report.reasons) == (RETRIES, {"replicas"})
-        assert waits(durable.url, 1).level == "ok"
-        assert waits(durable.url, 2).found == "1 of the 2 that replicas= asks for confirm"
 
 
-def waits(url: str, wanted: int) -> Finding:
-    """What is found where `wanted` replicas are to confirm each claim."""
-    with RedisBackend(url) as backend:
-        view: Any = backend.blocking()
-        return drive(_Server(view, view._link.send, one_of_many=False)._waits(1, wanted))
+@pytest.mark.parametrize("by", ["server", "sentinel"])
+def test_what_replicas_asks_for_must_be_there(by: str, durable: Server, doctor: Doctor) -> None:
+    with contextlib.ExitStack() as started:
+        replica = started.enter_context(start_redis(f"--replicaof 127.0.0.1 {durable.port}"))
+        with redis.Redis(port=replica.port, decode_responses=True) as client:
+            while client.info("replication")["master_link_status"] != "up":
+                time.sleep(0.01)
+        url = durable.url
+        if by == "sentinel":
+            url = f"redis+sentinel://127.0.0.1:{started.enter_context(start_sentinel(durable, 1)).port}/main"
+        assert doctor(url).reasons == {"replicas"}
+        report = doctor(f"{url}?replicas=1")
+        assert (report.verdict, report.findings["replicas"].found) == (
+            MONEY,
+            "1 of the 1 that replicas= asks for confirm",
+        )
+        assert report.findings["pub/sub"].level == "ok"
+        report = doctor(f"{url}?replicas=2")
+        assert (report.verdict, report.reasons) == (UNSAFE, {"replicas"})
+        assert report.findings["replicas"].found == "1 of the 2 that replicas= asks for confirm"
 
 
-def test_replicas_that_are_waited_for_and_are_not_there_are_not_safe(
+def test_who_may_not_wait_for_replicas_or_find_the_primary_is_told(
     durable: Server, user: Callable[..., str], doctor: Doctor
 ) -> None:
-    finding = waits(durable.url, 1)
-    assert (finding.level, finding.found) == ("unsafe", "0 of the 1 that replicas= asks for confirm")
-    finding = waits(user(*minimal(), "-wait"), 1)
-    assert (finding.level, "+wait" in finding.remedy) == ("unsafe", True)
+    url = user(*minimal(), "+info")
+    report = doctor(f"{url}?replicas=1")
+    assert (report.verdict, "+wait" in report.findings["replicas"].remedy) == (UNSAFE, True)
+    with start_sentinel(durable, 1) as sentinel:
+        report = doctor(f"redis+sentinel://app:hunter2@127.0.0.1:{sentinel.port}/main")
+        assert (report.verdict, "+role" in report.findings["permissions"].remedy) == (UNSAFE, True)
+        user(*minimal(), "+info", "+role")
+        assert doctor(f"redis+sentinel://app:hunter2@127.0.0.1:{sentinel.port}/main").verdict == MONEY
+        sentinel.kill()
+        report = doctor(f"redis+sentinel://127.0.0.1:{sentinel.port}/main")
+        assert (report.verdict, report.reasons) == (UNSAFE, {"reachable"})
 
 
-def test_a_node_of_a_cluster_is_to_be_named_as_one(doctor: Doctor) -> None:
-    with start_redis("--cluster-enabled yes --appendonly yes") as server:
-        with redis.Redis(port=server.port, decode_responses=True) as client:
-            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            while "cluster_state:ok" not in str(client.execute_command("CLUSTER INFO")).replace("': '", ":"):
-                time.sleep(0.01)
-        report = doctor(server.url)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RedisCluster]:
+    with RedisCluster("--appendonly yes", replicas=1) as cluster:
+        yield cluster
+
+
+def test_a_node_of_a_cluster_is_to_be_named_as_one(cluster: RedisCluster, doctor: Doctor) -> None:
+    report = doctor(cluster.nodes[0].url)
     assert (report.verdict, report.findings["mode"].level) == (UNSAFE, "unsafe")
+
+
+def test_each_node_of_a_cluster_is_looked_at(cluster: RedisCluster, doctor: Doctor) -> None:
+    report = doctor(cluster.url)
+    assert (report.verdict, report.reasons) == (RETRIES, {"replicas"})
+    first, second, third = (f"127.0.0.1:{node.port}: " for node in cluster.nodes)
+    assert report.findings["replicas"].found.startswith(f"{first}1 connected")
+    for check in ("reachable", "version", "clock", "eviction", "permissions", "writes", "pub/sub", "client"):
+        assert report.findings[check].level == "ok", check
+        assert all(name in report.text for name in (first, second, third))
+    report = doctor(f"{cluster.url}?replicas=1")  # the other two have none
+    assert (report.verdict, report.reasons) == (UNSAFE, {"replicas"})
+    cluster.clients[2].config_set("maxmemory", "1kb")
+    try:
+        report = doctor(cluster.url)
+    finally:
+        cluster.clients[2].config_set("maxmemory", "0")
+    assert (report.verdict, report.reasons) == (UNSAFE, {"replicas", "writes"})
+    assert report.findings["writes"].found.startswith(f"{third}refused")
+
+
+def test_what_the_user_of_a_cluster_lacks_is_named(cluster: RedisCluster, doctor: Doctor) -> None:
+    (more,) = re.findall(r"`(\+cluster\|slots [^`]*)`", (ROOT / "README.md").read_text("utf-8"))
+    url = cluster.url.replace("://", "://app:hunter2@")
+
+    def findings(*rules: str) -> dict[str, Finding]:
+        for client in cluster.clients:
+            client.execute_command("ACL", "SETUSER", "app", "reset", "on", ">hunter2", *minimal(), *rules)
+        return doctor(url).findings
+
+    try:
+        found = findings(*more.split())
+        assert found["permissions"].level == found["pub/sub"].level == "ok"
+        found = findings(*more.split(), "-asking", "-ssubscribe")
+        assert (found["permissions"].level, "asking" in found["permissions"].found) == ("note", True)
+        assert (found["pub/sub"].level, "+ssubscribe" in found["pub/sub"].remedy) == ("note", True)
+        found = findings()
+        assert (found["permissions"].level, "+cluster|slots" in found["permissions"].remedy) == ("unsafe", True)
+    finally:
+        for client in cluster.clients:
+            client.execute_command("ACL", "DELUSER", "app")
+
+
+def test_a_cluster_that_has_lost_slots_is_not_safe(cluster: RedisCluster, doctor: Doctor) -> None:
+    for client in cluster.clients:
+        client.execute_command("CLUSTER", "DELSLOTS", 16_383)
+    try:
+        report = doctor(f"{cluster.url}?timeout=0.5")
+    finally:
+        cluster.clients[2].execute_command("CLUSTER", "ADDSLOTS", 16_383)
+    assert (report.verdict, report.reasons) == (UNSAFE, {"reachable"})
+    assert "slot" in report.findings["reachable"].remedy
 
 
 MINIMAL = re.search(
@@ -222,26 +295,42 @@ def test_the_minimal_user_may_do_all_that_is_needed_but_not_be_told_how_the_serv
 
 
 def test_what_readme_and_doctor_ask_for_is_the_same() -> None:
+    asked = {name for _, _, names in NEEDS for name in names}
     named = {rule[1:] for rule in minimal() if rule.startswith("+")}
-    assert set(CALLS_NEED) | set(LOCKS_NEED) <= named
-    needed = {word.partition("|")[0] for word in named} - {"subscribe", "unsubscribe"}
-    assert needed - {"wait", "info", "cluster", "role", "ssubscribe", "sunsubscribe", "spublish"} == {
-        *CALLS_NEED,
-        *LOCKS_NEED,
-    }
+    assert asked - {"spublish", "asking"} == named - {"subscribe", "unsubscribe"}  # of a cluster; and tried elsewhere
 
 
-@pytest.mark.parametrize("missing", ["evalsha", "eval", "get", "set", "pttl", "time", "publish", "ping", "scan"])
+@pytest.mark.parametrize("missing", ["evalsha", "eval", "get", "set", "time"])
 def test_a_permission_that_calls_lack_is_named(missing: str, user: Callable[..., str], doctor: Doctor) -> None:
     report = doctor(user(*minimal(), f"-{missing}", "+info"))
     assert (report.verdict, report.findings["permissions"].found) == (UNSAFE, f"missing: {missing}")
     assert f"+{missing}" in report.findings["permissions"].remedy
 
 
-def test_permissions_that_only_locks_or_those_who_wait_lack_are_notes(user: Callable[..., str], doctor: Doctor) -> None:
-    report = doctor(user(*minimal(), "-zadd", "-zrem", "+info"))
+@pytest.mark.parametrize(
+    ("missing", "what"),
+    [("pttl", "peek"), ("scan", "command line"), ("publish", "polls"), ("ping", "polls"), ("zadd", "lock")],
+)
+def test_a_permission_that_calls_do_without_is_a_note(
+    missing: str, what: str, user: Callable[..., str], doctor: Doctor
+) -> None:
+    url = user(*minimal(), f"-{missing}", "+info")
+    report = doctor(url)
     assert (report.verdict, report.findings["permissions"].level) == (MONEY, "note")
-    assert report.findings["permissions"].found == "missing: zadd, zrem"
+    assert report.findings["permissions"].found == f"missing: {missing}"
+    assert what in report.findings["permissions"].why
+    work = idempotent(backend=f"{url}?prefix=idem", namespace="doctor", key="k")(lambda: 1)
+    assert work() == work() == 1
+
+
+def test_another_database_needs_select(user: Callable[..., str], doctor: Doctor) -> None:
+    url = user(*minimal(), "-select", "+info")
+    assert doctor(url).verdict == MONEY
+    report = doctor(url.replace("/0", "/1"))
+    assert (report.verdict, "select" in report.findings["permissions"].found) == (UNSAFE, True)
+
+
+def test_who_may_not_subscribe_polls(user: Callable[..., str], doctor: Doctor) -> None:
     report = doctor(user(*minimal(), "-subscribe", "+info"))
     assert (report.verdict, report.findings["pub/sub"].level) == (MONEY, "note")
 

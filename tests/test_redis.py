@@ -20,11 +20,14 @@ from probes import Counter, Gate
 from proxy import Direction, Proxy
 from servers import Address, Server, start_redis
 
-from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, RedisBackend, current_call
+from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, Lock, RedisBackend, current_call
 from idempotent._drive import drive
-from idempotent._record import SETTLED, Answer, Busy, Granted, RecordId, Row, Settled, State, pack, unpack
-from idempotent.backends import _redis_links
+from idempotent._record import SETTLED, Answer, Busy, Granted, RecordId, Row, Settled, State, describe, pack, unpack
+from idempotent.backends import _listener, _redis_links
 from idempotent.backends._redis_links import _CONNECTIONS, _named
+from idempotent.backends.redis import _found
+from idempotent.cli.exits import RETRIES_ONLY
+from idempotent.cli.main import main
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 A, B = b"attemptA", b"attemptB"
@@ -712,6 +715,18 @@ def test_a_server_busy_with_a_script_is_asked_again(
         spinning.join()
 
 
+@pytest.mark.parametrize(
+    ("state", "remember"), [(State.COMPLETED, 0), (State.COMPLETED, 7), (State.FAILED, 0), (State.EXPIRED, 0)]
+)
+def test_what_redis_still_has_is_never_called_over(state: State, remember: int) -> None:
+    row = Row(state, 1, A, b"", 5, lease=remember, expires=9, codec="json1", body=b"1")
+    found = _found([pack(row), 1_000, 0])  # in the last millisecond
+    assert found is not None
+    record = describe(RecordId("n", "k"), *found)
+    assert record is not None
+    assert record.state == ("expired" if remember or state is State.EXPIRED else state.name.lower())
+
+
 # ------------------------------------------------------------------------------------------------------------ permissions
 
 
@@ -781,6 +796,53 @@ def test_the_minimal_user_of_the_readme_may_do_everything(
         use_everything(colour, url, opened, gate, lambda: client.pubsub_channels("idem:*"))
         # redis-py tells its name to servers of 7.2 and newer, and minds no refusal.
         assert {entry["object"] for entry in client.acl_log()} <= {"client|setinfo"}
+
+
+def test_with_the_rules_for_locks_it_may_do_all_the_rest_and_needs_each_of_them(
+    guarded: Any,
+    colour: Colour,
+    opened: Callable[..., RedisBackend],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(_listener, "_QUIET", 0.01)  # so that it pings,
+    monkeypatch.setattr(_listener, "_LINGER", 0.05)  # and unsubscribes, at once
+    locks = re.search(r"locks need `([^`]*)`", README.read_text("utf-8"))
+    assert locks
+    rules = [*minimum(), *locks[1].split()]
+    url = guarded(rules)
+    one, other = opened(url), opened(url)
+    with client_of(guarded.server) as client:
+        work = colour.define(lambda order: order, backend=one, key="{order}", namespace="n", near_cache=9, remember=60)
+        assert colour.call(work, "a") == colour.call(work, "a") == "a"
+        eventually(lambda: client.pubsub_channels("idem:forgotten"))
+        assert colour.call(work.forget, "a")
+
+        lock, waiter = (Lock("name", backend=backend) for backend in (other, one))
+        hold = lock.acquire()
+        assert waiter.acquire(wait=0.05) is None  # it leaves the line
+        waiting = COLOURS[0].start(waiter.acquire, wait=20)
+        eventually(lambda: client.pubsub_channels("idem:*#*"))
+        hold.release()
+        waiting.result(30).release()
+        eventually(lambda: "cmdstat_unsubscribe" in client.info("commandstats"))
+
+        assert colour.call(work, "kept") == "kept"
+        with Commands(one, colour) as commands:
+            token = claim(commands, RecordId("n", "dead"), keep=None, takeover=False).token
+            commands.release(RecordId("n", "dead"), attempt=A, token=token, unknown=True)
+        for words in (
+            ["list", url],
+            ["show", url, "kept", "--payload"],
+            ["resolve", url, "dead", "--not-applied", "--yes"],
+            ["forget", url, "kept", "--yes"],
+            ["purge", url],
+        ):
+            assert main(words) == 0, capsys.readouterr()
+        assert {entry["object"] for entry in client.acl_log()} <= {"client|setinfo"}
+        assert main(["doctor", url]) == RETRIES_ONLY  # it may not look at settings
+        used = {name.removeprefix("cmdstat_") for name in client.info("commandstats")}
+        assert {rule[1:] for rule in rules if rule.startswith("+")} - used == {"select"}  # for another database
 
 
 def test_a_user_without_channels_waits_by_polling(

@@ -307,6 +307,18 @@ def test_the_minimal_users_of_the_readme_may_do_everything_by_sentinels_with_rep
             COLOURS[0].call(COLOURS[0].define(lambda: 1, backend=opened(url.replace("password=secret", "password=no"))))
 
 
+def test_a_primary_that_may_not_say_that_it_is_one_is_never_used(
+    sentinels: RedisSentinels, colour: Colour, runs: Runs, opened: Callable[..., RedisBackend]
+) -> None:
+    with user_at([sentinels.primary], rules_of("~idem:* ")) as refused:
+        backend = opened(sentinels.url.replace("://", "://app:secret@") + "?sentinel_username=default")
+        work = colour.define(runs.charge, backend=backend, key="{order}", namespace="n")
+        for order in range(2):
+            with pytest.raises(BackendUnavailable, match="role"):
+                colour.call(work, order)
+        assert (runs.of, refused()) == ({}, {"role"})
+
+
 # --------------------------------------------------------------------------------------------------------------- cluster
 
 

@@ -769,9 +769,8 @@ def test_a_server_without_free_connections_is_waited_for_or_named(
             )
             for _ in range(2)
         ]
-        for (
-            function
-        ) in two:  # each has a connection: who comes late to a full server finds none that others have at hand
+        # Each has a connection: who comes late to a full server finds none that others have at hand.
+        for function in two:
             assert colour.call(function, 0) == 3
         storms = [COLOURS[0].start(many, colour, function, 20) for function in two]
         answers = [storm.result(60) for storm in storms]

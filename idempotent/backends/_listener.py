@@ -153,7 +153,8 @@ class Listener:
     """
 
     def __init__(self, connect: Callable[[], Subscriber]) -> None:
-        self._connect = connect
+        self.connect = connect
+        """Makes a connection to listen on. Raises Refused."""
         self._sessions = 0
         """So many connections have been made."""
         self._reset()
@@ -364,7 +365,7 @@ class Listener:
         subscriber: Subscriber | None = None
         line: _Line | None = None
         try:
-            subscriber = self._connect()
+            subscriber = self.connect()
             line = _Line(subscriber)
             with selectors.DefaultSelector() as selector:
                 selector.register(bell, selectors.EVENT_READ)

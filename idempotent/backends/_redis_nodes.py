@@ -37,8 +37,6 @@ class Map(Protocol):
 
     question: tuple[str, ...]
     """The command whose reply `learn` takes."""
-    shows_roles: bool
-    """Whether what was learnt has to be confirmed by the node itself."""
 
     def of(self, key: str) -> Address | None:
         """The node that answers for `key`; None: it has to be found."""
@@ -50,6 +48,10 @@ class Map(Protocol):
 
     def advisers(self) -> list[Address]:
         """Whom to ask the question, the most promising first."""
+        ...
+
+    def unproven(self, reply: Any) -> list[Address]:
+        """The nodes of a reply that have to say themselves that they are primaries, before it is learnt."""
         ...
 
     def learn(self, reply: Any, adviser: Address) -> None:
@@ -85,8 +87,6 @@ class _Advised:
 class Sentinels(_Advised):
     """A primary that sentinels choose."""
 
-    shows_roles = True  # a sentinel that was cut off from the others may name an old one
-
     def __init__(self, seeds: Sequence[Address], service: str) -> None:
         super().__init__(seeds)
         self.question: tuple[str, ...] = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
@@ -98,9 +98,13 @@ class Sentinels(_Advised):
     def nodes(self) -> list[Address]:
         return [] if self._primary is None else [self._primary]
 
+    def unproven(self, reply: Any) -> list[Address]:
+        # A sentinel that was cut off from the others may name an old one.
+        return [(reply[0].decode(), int(reply[1]))] if reply else []
+
     def learn(self, reply: Any, adviser: Address) -> None:
         if reply:
-            self._primary = reply[0].decode(), int(reply[1])
+            (self._primary,) = self.unproven(reply)
         else:
             self.avoid(adviser)
 
@@ -115,7 +119,6 @@ class Sentinels(_Advised):
 class Cluster(_Advised):
     """The primaries of a cluster, by slot."""
 
-    shows_roles = False  # a node that does not answer for a key says MOVED
     question: tuple[str, ...] = ("CLUSTER", "SLOTS")
 
     def __init__(self, seeds: Sequence[Address]) -> None:
@@ -128,6 +131,9 @@ class Cluster(_Advised):
     def nodes(self) -> list[Address]:
         # Where a slot is missing, its node is, too.
         return [] if None in self._slots else sorted({address for address in self._slots if address is not None})
+
+    def unproven(self, reply: Any) -> list[Address]:
+        return []  # a node that does not answer for a key says MOVED
 
     def learn(self, reply: Any, adviser: Address) -> None:
         slots: list[Address | None] = [None] * _SLOTS
@@ -186,12 +192,20 @@ class NodesLink:
         return self._advisers.get(address) or self._advisers.setdefault(address, make(address))
 
     async def senders(self, deadline: float) -> Sequence[Send]:
+        return [partial(self.send_to, address) for address in await self.addresses(deadline)]
+
+    async def addresses(self, deadline: float) -> list[Address]:
+        """Every node that answers for some key. Raises NodeLost where none does for some of them."""
         if not self._map.nodes():
             await self._find(min(deadline, time.monotonic() + self._patience))
         nodes = self._map.nodes()
         if not nodes:
             raise NodeLost("no node answers for some of the keys")
-        return [partial(self._send_to, address) for address in nodes]
+        return nodes
+
+    def answers(self, address: Address, key: str) -> bool:
+        """Whether that node is known to answer for `key`."""
+        return self._map.of(key) == address
 
     async def send(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
         """The reply of the node that answers for the key: the word behind the script and the number of keys."""
@@ -205,23 +219,21 @@ class NodesLink:
             raise NodeLost("no node answers for this key")
         for _ in range(_HOPS):
             try:
-                return await self._send_to(address, command, until, *more)
+                return await self.send_to(address, command, until, *more)
             except ResponseError as error:
                 redirected = _redirected(error, address)
                 if redirected is None:
                     raise
                 asks, slot, target = redirected
             if asks:  # this key has moved already, and others of its slot have not
-                _, *replies = await self._send_to(target, ("ASKING",), until, command, *more)
+                _, *replies = await self.send_to(target, ("ASKING",), until, command, *more)
                 return replies if more else replies[0]
             self._map.moved(slot, target)
             address = target
         self._map.lost(address)
         raise NodeLost(f"{_text(address)}: the nodes do not agree on who answers for this key")
 
-    async def _send_to(
-        self, address: Address, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]
-    ) -> Any:
+    async def send_to(self, address: Address, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
         """The reply of one node. Where it is none that answers for anything, the map is told."""
         until = min(deadline, time.monotonic() + self._patience)
         try:
@@ -248,27 +260,25 @@ class NodesLink:
                 self._map.avoid(adviser)
                 failures.append(error)
                 continue
+            for address in self._map.unproven(reply):
+                await self._confirm_role(address, adviser, until)
             self._map.learn(reply, adviser)
-            if self._map.shows_roles:
-                await self._confirm_role(adviser, until)
             return
         final = (ResponseError, AuthenticationError, AuthorizationError)
         if all(is_refused(error) or isinstance(error, final) for error in failures):
             raise failures[-1]
         raise NodeLost(f"nobody tells which node to ask: {failures[-1] or 'no reply'}") from failures[-1]
 
-    async def _confirm_role(self, adviser: Address, until: float) -> None:
+    async def _confirm_role(self, address: Address, adviser: Address, until: float) -> None:
         """Have what an adviser named say itself that it is a primary."""
-        for address in self._map.nodes():
-            try:
-                role = await self._send_to(address, ("ROLE",), until)
-            except NodeLost:
-                self._map.avoid(adviser)
-                raise
-            if role[0] != b"master":
-                self._map.lost(address)
-                self._map.avoid(adviser)
-                raise NodeLost(f"{_text(address)} is said to be the primary, and is a replica")
+        try:
+            role = await self.send_to(address, ("ROLE",), until)
+        except NodeLost:
+            self._map.avoid(adviser)
+            raise
+        if role[0] != b"master":
+            self._map.avoid(adviser)
+            raise NodeLost(f"{_text(address)} is said to be the primary, and is a replica")
 
     def close(self) -> None:
         for link in [*self._nodes.values(), *self._advisers.values()]:

@@ -41,6 +41,8 @@ class Servers:
 
     def __init__(self, links: dict[str, Link], pool: Any, timeout: float) -> None:
         self.links = links
+        self.database = int(pool.connection_kwargs.get("db") or 0)
+        """Its number; 0 is there without asking for it."""
         subscribe = subscriber_of(pool, timeout)
         self.one = None if subscribe is None else Listener(subscribe)
 
@@ -84,6 +86,7 @@ class _Nodes(Servers):
         timeout: float,
     ) -> None:
         self.is_cluster = isinstance(known, Cluster)
+        self.database = int(settings.get("db") or 0)
         self._known, self._timeout = known, timeout
         self._pool = partial(node_pool, settings, is_tls=is_tls, timeout=timeout)
         self._listeners: dict[Address, Listener] = {}

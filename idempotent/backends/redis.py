@@ -519,7 +519,7 @@ def _found(reply: Any) -> tuple[Row, int] | None:
     raw, now, left = reply
     row = unpack(raw)
     if row.state in SETTLED and left >= 0:
-        end = now + left * 1000
+        end = now + max(1, left * 1000)  # in its last millisecond Redis says 0, and tells it to claims all the same
         row = row._replace(lease=max(1, end - (row.expires or 0))) if row.lease else row._replace(expires=end)
     return row, now
 

@@ -1,26 +1,37 @@
 """What `doctor` looks at on Redis and Valkey. Each command that is tried changes nothing, as the key it names is absent."""
 
+import contextlib
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from redis.exceptions import MovedError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from idempotent._record import LOCKS, RecordId
 from idempotent.backends._listener import Refused
-from idempotent.backends.pubsub import subscriber_of
+from idempotent.backends._redis_links import Send
+from idempotent.backends._redis_nodes import NodesLink
 from idempotent.backends.redis import RedisBackend
-from idempotent.cli.verdict import Finding, clock
+from idempotent.cli.verdict import Finding, Level, clock
 from idempotent.errors import BackendError
 
-__all__ = ["CALLS_NEED", "LOCKS_NEED", "examine"]
+__all__ = ["NEEDS", "examine"]
 
-CALLS_NEED = ("evalsha", "eval", "get", "set", "pttl", "time", "publish", "ping", "scan", "hello", "select")
-"""What the user must be allowed so that calls work; and to subscribe, which is tried on a connection of its own."""
-LOCKS_NEED = ("zadd", "zpopmin", "zrem", "pexpire")
-"""What locks need besides."""
-
-_ALONE = "keep what moves money where commits wait for a standby: PostgreSQL with synchronous_standby_names"
+NEEDS: tuple[tuple[Level, str, tuple[str, ...]], ...] = (
+    (
+        "unsafe",
+        "calls are refused, or cannot record their outcome",
+        ("evalsha", "eval", "get", "set", "time", "select"),
+    ),
+    ("note", "peek, forget and explain are refused, and so is the command line", ("pttl", "scan", "hello")),
+    ("note", "who waits for a call polls, and hears later; calls work", ("publish", "spublish", "ping")),
+    ("note", "a call is refused while its key is moved to another node", ("asking",)),
+    ("note", "nobody can wait for a lock; calls work", ("zadd", "zpopmin", "zrem", "pexpire")),
+)
+"""The commands that the user must be allowed, and what happens without them. Subscribing, WAIT and what finds the nodes
+are tried where they are used."""
 
 
 class _Denied(Exception):
@@ -34,27 +45,50 @@ async def examine(backend: RedisBackend) -> list[Finding]:
         await view.read(RecordId("idempotent.doctor", "probe"))
     except BackendError as error:
         if not isinstance(error.__cause__, ResponseError):  # else it answers, if not as it should: see below
-            remedy = "start it, or mend host, port, user or password in the URL"
+            remedy = "start it, or mend host, port, user, password or scheme (rediss for TLS) in the URL"
             return [Finding("reachable", "unsafe", str(error), "no call runs: each gets BackendUnavailable", remedy)]
-    senders = getattr(view._link, "senders", None)
-    sends = [view._link.send] if senders is None else await senders(time.monotonic() + backend.timeout)
+    link = view._link
+    if not isinstance(link, NodesLink):
+        return await _Server(view, link.send, lambda _: True).findings()
+    try:
+        addresses = await link.addresses(time.monotonic() + backend.timeout)
+    except RedisError as error:
+        return [_unfound(error)]
     findings: list[Finding] = []
-    for number, send in enumerate(sends, 1):
-        name = f"server {number} of {len(sends)}: " if len(sends) > 1 else ""
-        found = await _Server(view, send, len(sends) > 1).findings()
-        findings += [finding._replace(found=name + finding.found) for finding in found]
+    for address in addresses:
+        server = _Server(view, partial(link.send_to, address), partial(link.answers, address))
+        name = f"{address[0]}:{address[1]}: " if len(addresses) > 1 else ""
+        findings += [finding._replace(found=name + finding.found) for finding in await server.findings()]
     return findings
 
 
-class _Server:
-    """One server that holds records."""
+def _unfound(error: RedisError) -> Finding:
+    """Why it is not known which nodes there are."""
+    why = "calls are refused: nobody tells which node answers for their keys"
+    if isinstance(error, NoPermissionError):
+        remedy = (
+            "+cluster|slots on a cluster; +role, and for the user of the sentinels +sentinel|get-master-addr-by-name"
+        )
+        return Finding("permissions", "unsafe", str(error), why, remedy)
+    remedy = "bring its nodes, or its sentinels, up; every slot of a cluster needs a node"
+    return Finding("reachable", "unsafe", str(error), why, remedy)
 
-    def __init__(self, backend: Any, send: Any, one_of_many: bool) -> None:
+
+class _Server:
+    """One server that holds records.
+
+    Args:
+        backend: the blocking view.
+        send: sends to this server.
+        holds: whether a key is this server's.
+    """
+
+    def __init__(self, backend: Any, send: Send, holds: Callable[[str], bool]) -> None:
         self._backend = backend
         self._send = send
-        self._one_of_many = one_of_many
-        self._key = backend._key(RecordId("idempotent.doctor", "probe"))
-        self._is_named_as_cluster = getattr(getattr(backend, "_servers", None), "is_cluster", False)
+        self._is_cluster = backend._servers.is_cluster
+        keys = (backend._key(RecordId("idempotent.doctor", f"probe {number}")) for number in range(1_000_000))
+        self._key = next(filter(holds, keys))
         self._line = backend._key(RecordId("idempotent.doctor", "probe", LOCKS)) + ":line"
 
     async def _ask(self, *command: Any) -> Any:
@@ -136,7 +170,7 @@ class _Server:
         return [clock(off)]
 
     def _mode(self, hello: dict[str, str]) -> list[Finding]:
-        if hello.get("mode") != "cluster" or self._one_of_many or self._is_named_as_cluster:
+        if hello.get("mode") != "cluster" or self._is_cluster:
             return []
         remedy = "name it as a cluster, redis+cluster://, or use a server of its own"
         return [Finding("mode", "unsafe", "it is a node of a cluster", "keys of other nodes are refused", remedy)]
@@ -175,20 +209,18 @@ class _Server:
             return [Finding("replicas", "unsafe", "it is a read-only replica", why, "name the primary in the URL")]
         if info is None:
             return [_unseen("replicas", "whether a failover could lose records")]
-        there, wanted = int(info.get("connected_slaves", 0)), getattr(self._backend, "replicas", 0)
+        there, wanted = int(info.get("connected_slaves", 0)), self._backend.replicas
         if wanted:
             return [await self._waits(there, wanted)]
         if not there:
             return [Finding("replicas", "ok", "none, so no failover can lose a record; the machine is a single one")]
         why = "replicas are behind by a moment: a failover can lose a claim that was confirmed, and it runs again"
-        remedy = _ALONE
-        if hasattr(self._backend, "replicas"):
-            remedy = "replicas=1 in the URL, so that claims and outcomes wait for a replica"
+        remedy = "replicas=1 in the URL, so that claims and outcomes wait for a replica"
         return [Finding("replicas", "warning", f"{there} connected, and nothing waits for them", why, remedy)]
 
     async def _waits(self, there: int, wanted: int) -> Finding:
         try:
-            confirmed = int(await self._ask("WAIT", wanted, 500))
+            confirmed = int(await self._ask("WAIT", wanted, 500 if there >= wanted else 1))
         except _Denied:
             return Finding(
                 "replicas", "unsafe", "the user may not WAIT", "no claim is confirmed", "ACL SETUSER ... +wait"
@@ -200,7 +232,7 @@ class _Server:
         return Finding("replicas", "ok", found)
 
     async def _permissions(self) -> list[Finding]:
-        key, line = self._key, self._line
+        key, line, database = self._key, self._line, self._backend._servers.database
         tried: dict[str, tuple[Any, ...]] = {
             "evalsha": ("EVALSHA", "0" * 40, 1, key),
             "eval": ("EVAL", "return 1", 1, key),
@@ -208,31 +240,28 @@ class _Server:
             "set": ("SET", key, "", "XX", "PX", 1),
             "pttl": ("PTTL", key),
             "time": ("TIME",),
-            "publish": ("PUBLISH", key, ""),
             "ping": ("PING",),
             "scan": ("SCAN", 0, "COUNT", 1),
             "hello": ("HELLO",),
-            "select": ("SELECT", self._backend._link._pool.connection_kwargs.get("db", 0))
-            if hasattr(self._backend._link, "_pool")
-            else ("PING",),
             "zadd": ("ZADD", line, "XX", 0, "-"),
             "zpopmin": ("ZPOPMIN", line),
             "zrem": ("ZREM", line, "-"),
             "pexpire": ("PEXPIRE", line, 1),
         }
-        missing = [name for name in (*CALLS_NEED, *LOCKS_NEED) if await self._is_denied(tried[name])]
-        calls, locks = ([name for name in missing if name in need] for need in (CALLS_NEED, LOCKS_NEED))
-        prefix = self._backend.prefix
-        rules = f"~{prefix}:* &{prefix}:* {' '.join(f'+{name}' for name in missing)}"
-        remedy = f"ACL SETUSER <user> {rules}"
-        if calls:
-            why = "calls are refused, or cannot record their outcome"
-            return [Finding("permissions", "unsafe", f"missing: {', '.join(missing)}", why, remedy)]
-        if locks:
-            return [
-                Finding("permissions", "note", f"missing: {', '.join(locks)}", "locks do not work; calls do", remedy)
-            ]
-        return [Finding("permissions", "ok", "every command that calls and locks need")]
+        if database:
+            tried["select"] = ("SELECT", database)
+        if self._is_cluster:
+            tried |= {"spublish": ("SPUBLISH", key, ""), "asking": ("ASKING",)}
+        else:
+            tried["publish"] = ("PUBLISH", key, "")
+        prefix, found = self._backend.prefix, []
+        for level, why, names in NEEDS:
+            missing = [name for name in names if name in tried and await self._is_denied(tried[name])]
+            if missing:
+                rules = " ".join(f"+{name}" for name in missing)
+                remedy = f"ACL SETUSER <user> ~{prefix}:* &{prefix}:* {rules}"
+                found.append(Finding("permissions", level, f"missing: {', '.join(missing)}", why, remedy))
+        return found or [Finding("permissions", "ok", "every command that calls and locks need")]
 
     async def _is_denied(self, command: tuple[Any, ...]) -> bool:
         try:
@@ -247,7 +276,7 @@ class _Server:
         """Whether it takes writes at this moment: of a key that is not there, and stays so."""
         try:
             await self._ask("SET", self._key, "", "XX", "PX", 1)
-        except (_Denied, MovedError):  # told among the permissions; the key is another node's, which is asked itself
+        except _Denied:  # told among the permissions
             return []
         except ResponseError as error:
             text = str(error)
@@ -259,20 +288,18 @@ class _Server:
         return [Finding("writes", "ok", "taken")]
 
     def _pubsub(self) -> list[Finding]:
-        pool = getattr(self._backend._link, "_pool", None)
-        subscribe = None if pool is None else subscriber_of(pool, self._backend.timeout)
-        if subscribe is None:
+        listener = self._backend._servers.listener(self._key)
+        if listener is None:
             return []
-        subscriber = subscribe()
         try:
-            subscriber.subscribe({self._key})
-            heard = list(subscriber.receive())
-        except Refused:
-            remedy = f"ACL SETUSER <user> &{self._backend.prefix}:* +subscribe +unsubscribe"
-            return [Finding("pub/sub", "note", "subscribing is refused", "who waits polls, and hears later", remedy)]
-        finally:
-            subscriber.close()
-        return [Finding("pub/sub", "ok", "subscribing is allowed")] if heard else []
+            with contextlib.closing(listener.connect()) as subscriber:
+                subscriber.subscribe({self._key})
+                list(subscriber.receive())
+        except Refused as error:
+            names = "+ssubscribe +sunsubscribe, of Redis 7 or newer" if self._is_cluster else "+subscribe +unsubscribe"
+            remedy = f"ACL SETUSER <user> &{self._backend.prefix}:* {names}"
+            return [Finding("pub/sub", "note", f"refused: {error}", "who waits polls, and hears later", remedy)]
+        return [Finding("pub/sub", "ok", "subscribing is allowed")]
 
     def _client(self) -> Finding:
         return Finding(
