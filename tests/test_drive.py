@@ -29,6 +29,7 @@ from idempotent import (
     InProgress,
     LeaseLost,
     LocalBackend,
+    Lock,
     UnstableKey,
     _run,
     current_call,
@@ -112,6 +113,45 @@ def test_heartbeats_come_back_after_a_thread_could_not_be_started(
     monkeypatch.undo()
     assert work(0) == 1  # the key was free
     assert work(1) == 2
+
+
+class LateReplies(Faulty):
+    """A local backend whose renewals are answered seven seconds later, on a clock that only they move."""
+
+    def __init__(self) -> None:
+        super().__init__(LocalBackend())
+        self.late = 0.0
+
+    def blocking(self) -> "LateReplies":
+        return self
+
+    def now(self) -> float:
+        return 100.0 + self.late
+
+    async def renew(self, *args: Any, **kwargs: Any) -> Answer:
+        answer = await self.inner.renew(*args, **kwargs)
+        self.late += 7.0
+        return answer
+
+
+def test_a_renewed_lease_counts_from_before_the_renewal_was_sent() -> None:
+    """The backend's lease was already running while the reply was on its way."""
+    clock: Any = LateReplies()
+
+    @idempotent(backend=clock, lease=30)
+    def charge() -> float:
+        call: Any = current_call()
+        drive(flow.renew(clock, call._run))
+        return call._run.valid_until
+
+    assert charge() == 100.0 + 30 * (1 - _run.MARGIN)
+    clock.late = 0.0
+    hold: Any = Lock("l", backend=clock, lease=30, heartbeat=False).acquire()
+    hold._held.valid_until = 105.0
+    drive(hold._held.beat(clock))
+    assert hold._held.valid_until == 100.0 + 30 * (1 - _run.MARGIN)
+    hold._held.valid_until = time.monotonic() + 30
+    hold.release()
 
 
 def test_a_run_that_ends_waits_for_its_renewal_and_has_none_after_it(effects: Counter) -> None:
