@@ -8,13 +8,12 @@ import enum
 import hashlib
 import types
 import typing
-from base64 import urlsafe_b64encode
 from collections import abc
 from typing import Any
 
 __all__ = ["LENGTH", "digest_of"]
 
-LENGTH = 4
+LENGTH = 6
 """Bytes of a digest."""
 _BUILT_AS: dict[Any, str] = {
     **dict.fromkeys((list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable), "list"),
@@ -29,12 +28,11 @@ _ABOUT_FIELDS = ("Required", "NotRequired", "ReadOnly", "Final")
 
 
 def digest_of(annotation: Any) -> bytes:
-    """Four letters, digits, `-` or `_` for the shape of `annotation`, the same in every process.
+    """Six hexadecimal digits for the shape of `annotation`, the same in every process.
 
     Raises NameError for a name in a class that is not defined yet.
     """
-    digest = hashlib.blake2b(_shape(annotation, {}).encode(), digest_size=3).digest()
-    return urlsafe_b64encode(digest)
+    return hashlib.blake2b(_shape(annotation, {}).encode(), digest_size=LENGTH // 2).hexdigest().encode()
 
 
 def _shape(annotation: Any, seen: dict[tuple[type, str], int]) -> str:
