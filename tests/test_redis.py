@@ -22,10 +22,24 @@ from servers import Address, Server, start_redis
 
 from idempotent import BackendError, BackendUnavailable, InProgress, LeaseLost, Lock, RedisBackend, current_call
 from idempotent._drive import drive
-from idempotent._record import SETTLED, Answer, Busy, Granted, RecordId, Row, Settled, State, describe, pack, unpack
+from idempotent._record import (
+    LOCKS,
+    SETTLED,
+    Answer,
+    Busy,
+    Granted,
+    RecordId,
+    Row,
+    Settled,
+    State,
+    describe,
+    pack,
+    unpack,
+)
 from idempotent.backends import _listener, _redis_links
 from idempotent.backends._redis_links import _CONNECTIONS, _named
 from idempotent.backends.redis import _found
+from idempotent.cli import doctor_redis
 from idempotent.cli.exits import RETRIES_ONLY
 from idempotent.cli.main import main
 
@@ -1327,9 +1341,49 @@ def test_a_ready_made_client_is_given_up_in_our_time_and_not_in_its_own(
 
 
 def test_a_command_is_packed_as_redis_py_does_with_hiredis_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ("EVALSHA", "sha", 1, "key é", b"", b"\x00\r\n\xff", 2**53, "", "\U0001f600")
+    command = ("EVALSHA", "sha", b"1", "key é", b"", b"\x00\r\n\xff", "", "\U0001f600")
     expected = b"".join(redis.Connection().pack_command(*command))
     packed = [b"".join(_redis_links._packed(command))]
     monkeypatch.setattr(_redis_links, "pack_command", None)
     packed.append(b"".join(_redis_links._packed(command)))
     assert packed == [expected, expected]
+
+
+@pytest.mark.parametrize("colour", COLOURS, ids=repr)
+def test_only_bytes_and_text_are_sent_as_a_signal_that_meets_hiredis_at_a_number_crashes_the_process(
+    colour: Colour,
+    redis_server: Address,
+    opened: Callable[..., RedisBackend],
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: set[str] = set()
+    pack = _redis_links._packed
+
+    def packed(command: tuple[Any, ...]) -> list[bytes]:
+        assert {type(part) for part in command} <= {bytes, str}, command
+        sent.add(command[0])
+        return pack(command)
+
+    monkeypatch.setattr(_redis_links, "_packed", packed)
+    lock = RecordId("", "k", LOCKS)
+    with Commands(opened(redis_server.url, prefix=prefix), colour) as commands:
+        for rid in (RecordId("n", "k"), lock):
+            token = claim(commands, rid, keep=60.0).token
+            claim(commands, rid, B, over=token)
+            commands.renew(rid, attempt=A, token=token, lease=30.0)
+        for _ in range(2):  # the second time in the place of the first
+            commands.changed(lock, token=token, timeout=0.05)
+        commands.pass_on(lock)
+        rid = RecordId("n", "k")
+        token = commands.read(rid).token
+        commands.complete(rid, attempt=A, token=token, codec="c", body=b"1", ttl=60.0, remember=60.0)
+        commands.release(lock, attempt=A, token=None)
+        commands.forget(rid)
+        commands.fail(rid, attempt=A, token=token, codec="c", body=b"1", ttl=60.0)
+        assert commands.scanned() == []
+    drive(doctor_redis.examine(opened(redis_server.url, prefix=prefix)))
+    with Commands(opened(redis_server.url, prefix=prefix, replicas=9, timeout=0.2), colour) as commands:
+        with pytest.raises(BackendUnavailable, match="confirm"):
+            claim(commands, RecordId("n", "other"))
+    assert {"EVALSHA", "WAIT", "SCAN", "CONFIG"} <= sent

@@ -177,10 +177,10 @@ def _checked(pool: Any, options: dict[str, Any]) -> Any:
 
 
 def _packed(command: tuple[Any, ...]) -> list[bytes]:
-    """`command` as it is sent: redis-py looks at each part in Python first."""
+    """`command`, of bytes and text only, as it is sent: redis-py looks at each part in Python first."""
     if pack_command is not None:
         return [pack_command(command)]
-    parts = [part if type(part) is bytes else str(part).encode() for part in command]
+    parts = [part if type(part) is bytes else part.encode() for part in command]
     return [b"*%d\r\n" % len(parts), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]]
 
 

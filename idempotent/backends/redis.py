@@ -103,6 +103,10 @@ _LEAVING = 0.5
 _OPEN = (b"R", b"W", b"U")
 """What stands in a record that is not settled."""
 
+_digits = b"%d".__mod__
+"""A whole number as it is sent. hiredis 3.5 would take the number itself, but crashes if a signal comes meanwhile."""
+_TOMBSTONE = _digits(TOMBSTONE)
+
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
 # redis-py makes classes of some error codes and cuts them off the text; others stay in the text.
@@ -191,7 +195,7 @@ class RedisBackend(Backend):
         self._servers = servers_of(server, self.timeout)
         self._heeding = _Heeding()
         self._id = os.urandom(6).hex()
-        self._places: dict[str, tuple[str, Any, float]] = {}
+        self._places: dict[str, tuple[str, int, float]] = {}
         """By lock: who stands in its line, in which place, and when it was last asked for (monotonic seconds)."""
         self._links = self._servers.links
         self._colour: str
@@ -266,10 +270,10 @@ class RedisBackend(Backend):
         ask = (
             attempt,
             fingerprint,
-            micros(lease),
-            b"" if keep is None else micros(keep),
+            _digits(micros(lease)),
+            b"" if keep is None else _digits(micros(keep)),
             b"1" if takeover else b"0",
-            b"" if over is None else over,
+            b"" if over is None else _digits(over),
             owner,
             self._turn if rid.text in self._places else b"",
         )
@@ -298,7 +302,8 @@ class RedisBackend(Backend):
         return Mismatched(reply[1] / 1e6, reply[2])
 
     async def renew(self, rid: RecordId, *, attempt: bytes, token: int, lease: float) -> Answer:
-        return _ANSWERS[await self._run(_RENEW, rid, (attempt, token, micros(lease)), min(self.timeout, lease))]
+        ask = (attempt, _digits(token), _digits(micros(lease)))
+        return _ANSWERS[await self._run(_RENEW, rid, ask, min(self.timeout, lease))]
 
     async def complete(
         self,
@@ -326,17 +331,17 @@ class RedisBackend(Backend):
         codec: str,
         body: bytes,
         ttl: float,
-        past: tuple[int, ...] = (),
+        past: tuple[bytes, ...] = (),
     ) -> Answer:
         sent = time.monotonic()
-        ask = (attempt, token, state, _milliseconds(ttl), codec, body, *past)
+        ask = (attempt, _digits(token), state, _milliseconds(ttl), codec, body, *past)
         answer = _ANSWERS[await self._run(_SETTLE, rid, ask, self.timeout)]
         if self.replicas and answer is Answer.DONE:
             await self._confirm(rid, token, sent, self.timeout, is_outcome=True)
         return answer
 
     async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
-        ask = (attempt, b"" if token is None else token, b"1" if unknown else b"0", TOMBSTONE)
+        ask = (attempt, b"" if token is None else _digits(token), b"1" if unknown else b"0", _TOMBSTONE)
         return _ANSWERS[await self._run(_RELEASE, rid, ask, self.timeout)]
 
     async def read(self, rid: RecordId) -> Record | None:
@@ -346,7 +351,7 @@ class RedisBackend(Backend):
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
         attempt = os.urandom(ATTEMPT_BYTES)
         told = b"" if self._servers.is_cluster else self._forgotten  # there it would be another node's message
-        found = _found(await self._run(_FORGET, rid, (attempt, b"1" if force else b"0", TOMBSTONE, told), self.timeout))
+        found = _found(await self._run(_FORGET, rid, (attempt, b"1" if force else b"0", _TOMBSTONE, told), self.timeout))
         if found is None:
             return None
         row, _ = machine.on_forget(found[0], attempt, found[1], force=force)
@@ -359,13 +364,13 @@ class RedisBackend(Backend):
 
         async def stands_in_line() -> bool:
             turn = self._turn
-            stands, place, seen = self._places.get(rid.text, ("", b"", 0.0))
-            if stands != turn or time.monotonic() - seen > _PLACE:  # a parent process's place stays the parent's
-                place = b""
-            place = await self._run(_WAIT, rid, (token, turn, place), self.timeout)
-            if place is None:
+            stands, place, seen = self._places.get(rid.text, ("", 0, 0.0))
+            # A parent process's place stays the parent's.
+            mine = b"" if stands != turn or time.monotonic() - seen > _PLACE else _digits(place)
+            found = await self._run(_WAIT, rid, (_digits(token), turn, mine), self.timeout)
+            if found is None:
                 return False
-            self._places[rid.text] = turn, place, time.monotonic()
+            self._places[rid.text] = turn, found, time.monotonic()
             return True
 
         link, channel = self._link, self._key(rid)
@@ -402,7 +407,7 @@ class RedisBackend(Backend):
     ) -> AsyncIterator[Record]:
         cursor: Any = b"0"
         while True:
-            ask = ("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
+            ask = ("SCAN", cursor, "MATCH", pattern, "COUNT", b"500")
             cursor, keys = await self._send(ask, self.timeout, send=send)
             for key in keys:
                 try:
@@ -443,7 +448,8 @@ class RedisBackend(Backend):
         """
         confirmed, until = 0, sent + _CONFIRMED * budget
         while (left := until - time.monotonic()) > 0:
-            wait = ("WAIT", self.replicas, max(1, int(1000 * min(left, self.timeout / 4))))
+            patience = max(1, int(1000 * min(left, self.timeout / 4)))
+            wait = ("WAIT", _digits(self.replicas), _digits(patience))
             found, confirmed = await self._run(_CONFIRM, rid, (), sent + budget - time.monotonic(), wait)
             if not found or found[1] != token or (found[0] not in _OPEN) is not is_outcome:
                 raise BackendUnavailable("Redis lost the record before its replicas had it")
@@ -457,7 +463,7 @@ class RedisBackend(Backend):
         if self._servers.is_cluster:
             script = script.sharded
         key = self._key(rid)
-        keys = (2, key, f"{key}:line") if rid.space == LOCKS else (1, key)
+        keys = (b"2", key, f"{key}:line") if rid.space == LOCKS else (b"1", key)
         return self._send(("EVALSHA", script.sha, *keys, *ask), budget, *more, script=script)
 
     async def _send(
@@ -493,8 +499,8 @@ class RedisBackend(Backend):
             pause = min(0.25, pause * 2 or 0.005)
 
 
-def _milliseconds(seconds: float) -> int:
-    return max(1, math.ceil(seconds * 1000))
+def _milliseconds(seconds: float) -> bytes:
+    return _digits(max(1, math.ceil(seconds * 1000)))
 
 
 def _replicas_of(given: Any, options: dict[str, str]) -> int:

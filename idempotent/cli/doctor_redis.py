@@ -94,7 +94,8 @@ class _Server:
     async def _ask(self, *command: Any) -> Any:
         """The reply. Raises _Denied, or what redis-py raises."""
         try:
-            return await self._send(command, time.monotonic() + self._backend.timeout)
+            texts = tuple(part if isinstance(part, bytes) else str(part) for part in command)
+            return await self._send(texts, time.monotonic() + self._backend.timeout)
         except NoPermissionError as error:
             raise _Denied from error
         except ResponseError as error:
