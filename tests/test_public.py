@@ -85,6 +85,28 @@ def test_all_names_what_a_star_import_gives_without_extras() -> None:
     assert "SQLBackend" not in package.__all__
 
 
+WITHOUT = {
+    "from idempotent import OpenTelemetryHook; OpenTelemetryHook()": ("opentelemetry", "'idempotent-py[otel]'"),
+    "from idempotent import PrometheusHook; PrometheusHook()": ("prometheus_client", "'idempotent-py[prometheus]'"),
+    "from idempotent import SQLBackend": ("sqlalchemy", "'idempotent-py[sql]'"),
+    "from idempotent.http import Options": ("http_sf", "'idempotent-py[http]'"),
+    "from idempotent.http.client import IdempotencyTransport": ("httpx", "httpx"),
+    "from idempotent.http.client import IdempotencyAdapter": ("requests", "requests"),
+    "from idempotent.testing import duplicates": ("hypothesis", "'idempotent-py[testing]'"),
+    "from idempotent.testing import BackendContract": ("pytest", "'idempotent-py[testing]'"),
+}
+
+
+def test_a_library_that_is_not_installed_is_told_with_what_brings_it() -> None:
+    hidden = [library for library, _ in WITHOUT.values()]
+    code = f"import sys\nsys.modules.update(dict.fromkeys({hidden!r}))\n"
+    for statement in WITHOUT:
+        code += f"try: exec({statement!r})\nexcept ImportError as error: print(error)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    for told, (_, brought_by) in zip(done.stdout.splitlines(), WITHOUT.values(), strict=True):
+        assert f"pip install {brought_by}" in told
+
+
 def test_every_method_of_a_decorated_function_is_there_in_both_colours() -> None:
     @package.idempotent
     def sync() -> int:

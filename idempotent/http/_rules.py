@@ -13,7 +13,10 @@ from enum import Enum
 from hashlib import blake2b
 from typing import Any, Final, Literal, NamedTuple, Required, TypedDict, cast
 
-import http_sf
+try:
+    import http_sf
+except ImportError as error:
+    raise ImportError("the middleware needs http-sf: pip install 'idempotent-py[http]'") from error
 import msgspec
 import orjson
 

@@ -19,5 +19,9 @@ __all__ = ["AsyncIdempotencyTransport", "IdempotencyAdapter", "IdempotencyTransp
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'idempotent.http.client' has no attribute {name!r}")
-    module = "_requests" if name == "IdempotencyAdapter" else "_httpx"
-    return getattr(import_module(f"idempotent.http.{module}"), name)
+    library = "requests" if name == "IdempotencyAdapter" else "httpx"
+    try:
+        import_module(library)
+    except ImportError as error:
+        raise ImportError(f"{name} needs {library}: pip install {library}") from error
+    return getattr(import_module(f"idempotent.http._{library}"), name)

@@ -57,7 +57,12 @@ def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'idempotent.testing' has no attribute {name!r}")
-    value = getattr(import_module(f"idempotent.testing.{home}"), name)
+    try:
+        value = getattr(import_module(f"idempotent.testing.{home}"), name)
+    except ModuleNotFoundError as error:
+        if error.name in ("hypothesis", "pytest"):
+            raise ImportError(f"{name} needs {error.name}: pip install 'idempotent-py[testing]'") from error
+        raise
     globals()[name] = value
     return value
 
