@@ -98,14 +98,15 @@ async def begin(driver: Driver, watch: Watch) -> None:
             keep=plan.keep,
             takeover=plan.takeover,
         )
-    except Exception as error:  # of a backend that breaks its contract, too
+        run.claiming = False
+        if isinstance(reply, Granted):
+            run.token, run.unprotected = reply.token, False
+            run.valid_until = sent + plan.lease * (1 - MARGIN)
+            driver.beat(run)
+    except Exception as error:  # of a backend that breaks its contract, or for want of a thread, too
         _failed(watch, driver, error)
         return
-    run.claiming = False
     if isinstance(reply, Granted):
-        run.token, run.unprotected = reply.token, False
-        run.valid_until = sent + plan.lease * (1 - MARGIN)
-        driver.beat(run)
         run.report("taken_over" if reply.took_over else "claimed")
     elif isinstance(reply, Busy):
         waits = plan.wait != 0

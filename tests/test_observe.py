@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,32 @@ def test_a_backend_that_breaks_its_contract_breaks_no_call(colour: Colour, effec
     count = counting(colour, effects, faulty)
     assert colour.call(count, "o-1", 5) == 1
     assert [event.name for event in seen] == ["claimed", "backend_error", "not_stored"]
+
+
+def test_a_process_that_can_start_no_thread_runs_its_calls(
+    effects: Counter, seen: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    count = counting(COLOURS[0], effects, LocalBackend())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        assert [count("o-1", 5) for _ in range(2)] == [1, 2]
+    assert observed(seen) == [
+        ("backend_error", None, None),
+        ("completed", None, None),
+        ("unprotected", None, None),
+    ]
+    assert (seen[0].error, count.peek("o-1", 5).state) == ("RuntimeError", "completed")
+
+
+@pytest.mark.parametrize("make", [lambda: iter([1, 2]), lambda: (n for n in (1, 2)), lambda: map(int, "12")])
+def test_what_can_be_read_once_is_returned_unread(make: Any, colour: Colour, seen: list[Event]) -> None:
+    result = make()
+    function = colour.define(lambda: result, namespace="n", backend="local://")
+    assert colour.call(function) is colour.call(function) is result
+    assert list(result) == [1, 2]
 
 
 class DeclinedError(Exception):
