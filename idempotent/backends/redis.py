@@ -351,7 +351,8 @@ class RedisBackend(Backend):
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
         attempt = os.urandom(ATTEMPT_BYTES)
         told = b"" if self._servers.is_cluster else self._forgotten  # there it would be another node's message
-        found = _found(await self._run(_FORGET, rid, (attempt, b"1" if force else b"0", _TOMBSTONE, told), self.timeout))
+        ask = (attempt, b"1" if force else b"0", _TOMBSTONE, told)
+        found = _found(await self._run(_FORGET, rid, ask, self.timeout))
         if found is None:
             return None
         row, _ = machine.on_forget(found[0], attempt, found[1], force=force)
