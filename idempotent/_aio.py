@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from idempotent import _steps as steps
-from idempotent._drive import Beating
+from idempotent._drive import Beating, drive
 from idempotent._flow import renew
 from idempotent._run import Call, Run
 from idempotent._signals import TaskWaiter
@@ -115,11 +115,13 @@ class CallDriver(AsyncDriver[Run]):
 
     def step(
         self, call: Call, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> Any:
         """As Call.step. The step's place is the one in which it is asked for, whenever it is awaited."""
-        if not steps.is_async(function):
+        if steps.is_async(function):
+            return self._step(steps.Step(call, name, function, args, kwargs), function, args, kwargs)
+        if asyncio._get_running_loop() is not None:
             raise TypeError(f"the step {name!r} is no async function; in an async function steps are awaited")
-        return self._step(steps.Step(call, name, function, args, kwargs), function, args, kwargs)
+        return self._step_of_thread(steps.Step(call, name, function, args, kwargs), function, args, kwargs)
 
     async def _step(
         self, step: steps.Step, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,6 +139,29 @@ class CallDriver(AsyncDriver[Run]):
                 await finish(functools.partial(steps.drop, self, step, error))
                 raise
             return await finish(functools.partial(steps.settle, self, step, value))
+
+    def _step_of_thread(
+        self, step: steps.Step, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A step of sync code that an async call runs in a thread: the function here, the flows on the call's loop."""
+        with step.under_way():
+            beats: _Beats[Run] | None = step.parent.beating
+
+            def wait(flow: Coroutine[Any, Any, R]) -> R:
+                if beats is None:  # nothing is recorded, and nothing sent
+                    return drive(flow)
+                return asyncio.run_coroutine_threadsafe(flow, beats._loop).result()
+
+            try:
+                replay = wait(steps.begin(self, step))
+                if replay is not None:
+                    return replay.value
+                with step:
+                    value = steps.awaited_nowhere(step, function(*args, **kwargs))
+            except BaseException as error:
+                wait(finish(functools.partial(steps.drop, self, step, error)))
+                raise
+            return wait(finish(functools.partial(steps.settle, self, step, value)))
 
 
 ASYNC = CallDriver(renew)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import math
 import os
 import threading
@@ -257,13 +256,7 @@ class CallDriver(SyncDriver[Run]):
                     return replay.value
                 with step:
                     found = function(*args, **kwargs)
-                if inspect.iscoroutine(found) and inspect.getcoroutinestate(found) == inspect.CORO_CREATED:
-                    found.close()
-                    raise TypeError(
-                        f"the step {name!r} gave {found.__qualname__}, an async function's, which a sync function cannot"
-                        " await: it has not run, and nothing was recorded"
-                    )
-                value = found
+                value = steps.awaited_nowhere(step, found)
                 return drive(steps.settle(self, step, value))
             except BaseException as error:
                 if value is steps.NOTHING:

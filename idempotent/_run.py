@@ -300,7 +300,7 @@ class Call:
         record: give the step a `downstream_key`, too, where that must not happen twice. Steps are kept for the `ttl` of
         the function, from the first one on; `forget` drops them with the call's record.
 
-        In an async function the step is one as well, and is awaited.
+        In an async function the step is one as well, and is awaited; sync code that it runs in a thread takes sync steps.
 
         Args:
             name: says which step this is.

@@ -56,7 +56,7 @@ from idempotent.errors import (
 )
 from idempotent.serializers import Codec, codec_for
 
-__all__ = ["NOTHING", "Step", "begin", "drop", "is_async", "settle"]
+__all__ = ["NOTHING", "Step", "awaited_nowhere", "begin", "drop", "is_async", "settle"]
 
 NOTHING: Any = object()
 """The value of a step that has none yet."""
@@ -69,6 +69,17 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004  an object whose __call__ is async is async
     )
+
+
+def awaited_nowhere(step: "Step", found: Any) -> Any:
+    """What the function of a sync step gave. Raises TypeError for a coroutine: nobody here could await it."""
+    if inspect.iscoroutine(found) and inspect.getcoroutinestate(found) == inspect.CORO_CREATED:
+        found.close()
+        raise TypeError(
+            f"the step {step.name!r} gave {found.__qualname__}, an async function's, which a sync function cannot"
+            " await: it has not run, and nothing was recorded"
+        )
+    return found
 
 
 _places = threading.Lock()
