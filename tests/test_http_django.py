@@ -177,6 +177,22 @@ def test_middleware_of_one_colour_may_stand_beside_it(name: str, place: str, cli
     assert answers[1]["Idempotency-Replayed"] == "true"
 
 
+@pytest.mark.parametrize("client", ["sync", "async"])
+def test_two_middlewares_are_as_one(client: str) -> None:
+    with override_settings(MIDDLEWARE=http_stacks.MIDDLEWARE * 2):
+        if client == "sync":
+            answers = [Client(headers=KEY).post("/pay") for _ in range(2)]
+        else:
+
+            async def main() -> Any:
+                return [await AsyncClient().post("/apay", headers=KEY) for _ in range(2)]
+
+            answers = asyncio.run(main())
+    assert [answer.json() for answer in answers] == [{"number": 1}] * 2
+    assert answers[1]["Idempotency-Replayed"] == "true"
+    assert len(RUNS) == 1
+
+
 def test_the_middleware_is_of_both_colours() -> None:
     async def async_response(request: Any) -> Any: ...
 

@@ -1,7 +1,9 @@
 """The middleware as clients see it: the same promises on Starlette, FastAPI's routes, Flask and Django, sync and async."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -343,6 +345,40 @@ def test_a_probe_may_answer_for_a_run_that_died(stack_type: type[Stack]) -> None
     assert stack.effects == []
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"number": 9}, "found dict, which is no idempotent.http.Response"),
+        (Response(201, [("location", "/payments/9")]), "headers that are no list of pairs of bytes"),  # type: ignore[list-item]
+    ],
+    ids=["dict", "lines"],
+)
+def test_a_probe_that_finds_what_cannot_be_sent_is_an_error_that_says_so_and_settles_nothing(
+    stack_type: type[Stack], found: Any, message: str
+) -> None:
+    from idempotent import Applied
+
+    answers: list[Any] = [found, None]
+
+    def probe(call: Any) -> Any:
+        return Applied(answers.pop(0))
+
+    async def probe_async(call: Any) -> Any:
+        return probe(call)
+
+    backend = LocalBackend()
+    is_async = stack_type.is_async
+    stack = stack_type(backend=backend, on_crash=probe_async if is_async else probe, fingerprint=False)
+    claimed_by_another(backend, RecordId("http", "5:alice:k"), lease=1e-6, keep=None)
+    try:
+        assert stack.post(key="k").status == 500
+    except TypeError as error:
+        assert message in str(error)
+    answer = stack.post(key="k")  # that it was done, and no more
+    assert (answer.status, answer.problem, answers) == (409, "result-unavailable", [])
+    assert stack.effects == []
+
+
 def test_keys_of_two_callers_never_meet(stack_type: type[Stack]) -> None:
     stack = stack_type(backend=LOCAL)
     pairs = [("acme:eu", "42"), ("acme", "eu:42"), ("acme:e", "u:42"), ("bob", "42")]
@@ -473,6 +509,35 @@ def test_what_is_kept_may_be_encrypted_and_compressed(stack_type: type[Stack]) -
     assert (again.body, again.replayed) == (first.body, True)
     assert len(bodies) == 1
     assert b"number" not in bodies[0]
+
+
+def test_the_steps_of_a_request_are_kept_as_its_answer_is(stack_type: type[Stack], tmp_path: Path) -> None:
+    """In sync code on every stack; a rerun goes on behind them, and what is encrypted is nowhere in plain text."""
+    charged: list[str] = []
+
+    def charge(card: str) -> str:
+        charged.append(card)
+        return f"the secret of {card}"
+
+    def pay() -> str:
+        call = current_call()
+        assert call is not None
+        receipt = call.step("charge", charge, "4242")
+        if len(stack.effects) == 1:
+            raise KeyError("before the answer")
+        return receipt
+
+    serializer = Encrypted(None, {"2026": bytes(32)})
+    stack = stack_type(backend=f"sqlite:///{tmp_path}/records.db", serializer=serializer)
+    stack.shop.hook = pay
+    with contextlib.suppress(KeyError):
+        assert stack.post(key="k").status == 500
+    assert stack.post(key="k").status == 201
+    assert stack.post(key="k").replayed
+    assert (charged, stack.shop.seen) == (["4242"], "the secret of 4242")
+    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"aesgcm1+json1" in kept
+    assert b"the secret" not in kept
 
 
 def test_the_application_sees_its_call(stack_type: type[Stack]) -> None:

@@ -3,7 +3,9 @@
 Written once, as `async def`, for every middleware: ASGI and async Django await them, WSGI and sync Django drive them.
 """
 
+import inspect
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from idempotent import _config as config
@@ -12,7 +14,7 @@ from idempotent._record import RecordId
 from idempotent._run import Driver, Plan, Run, Running, flights_of
 from idempotent._types import Stats
 from idempotent.errors import LeaseLost, ResultUnavailable
-from idempotent.http._rules import NOT_STORED, Options, RawHeaders, Refused, Request, Response, Rules
+from idempotent.http._rules import NOT_STORED, Options, RawHeaders, Refused, Request, Response, Rules, sendable
 from idempotent.http._rules import is_async as awaits
 
 __all__ = ["Exchange", "NotKept", "Service", "Verdict"]
@@ -29,6 +31,26 @@ class Verdict(NamedTuple):
     """What the client is to get in its place; None: it is the application's."""
     extra: RawHeaders = []  # noqa: RUF012  never changed in place
     """Headers to add to it."""
+
+
+def _probing(on_crash: str | Callable[..., Any]) -> str | Callable[..., Any]:
+    """A probe that raises TypeError for an answer that no server could send, before that is recorded for a `ttl`."""
+    if isinstance(on_crash, str):
+        return on_crash
+
+    def checked(verdict: Any) -> Any:
+        if isinstance(verdict, flow.Applied) and verdict.result is not None:
+            sendable(verdict.result, f"the probe {on_crash!r} found")
+        return verdict
+
+    async def awaited(verdict: Any) -> Any:
+        return checked(await verdict)
+
+    def probe(call: Any) -> Any:
+        verdict = on_crash(call)
+        return awaited(verdict) if inspect.isawaitable(verdict) else checked(verdict)
+
+    return probe
 
 
 class Service:
@@ -54,6 +76,7 @@ class Service:
             shared = config.resolve_backend(rules.backend)
             backend = (shared.asynchronous() if self.is_async else shared.blocking()).within(rules.lease)
             rules.codec.ready()
+            on_crash = _probing(rules.on_crash)
 
             def plan(wait: float | None) -> Plan:
                 return Plan(
@@ -66,10 +89,11 @@ class Service:
                     wait=wait,
                     keep_result=True,
                     error_ttl={},
-                    on_crash=rules.on_crash,
+                    on_crash=on_crash,
                     run_on_outage=False,
                     hooks=settings.hooks,
                     stats=self.stats,
+                    serializer=rules.serializer,
                 )
 
             made = self._made = (settings, plan(rules.wait), plan(0.0))

@@ -129,8 +129,9 @@ class Options(TypedDict, total=False):
     keep_headers: names of response fields that are replayed beside those that always are. Default none.
     docs_url: the page where the service publishes its rules; problem answers link to it. None: they do not.
     on_crash: as in `idempotent`: "rerun", "raise", or a probe that returns Applied(Response(...)), NotApplied() or
-        StillUnknown(). Default "rerun".
-    serializer: Compressed(...) or Encrypted(...) with no inner serializer, for what is kept. None: it is kept as it is.
+        StillUnknown(); Applied(None): it was done, and its answer is not to be had. Default "rerun".
+    serializer: Compressed(...) or Encrypted(...) with no inner serializer, for answers and results of steps that are
+        kept. None: they are kept as they are.
     """
 
     scope: Required["Callable[[Request], str | Response | Global] | Global"]
@@ -318,6 +319,7 @@ class Rules:
     keep: frozenset[bytes]
     docs_url: str | None
     on_crash: str | Callable[..., Any]
+    serializer: Serializer | None
     codec: Codec
 
     @classmethod
@@ -335,6 +337,7 @@ class Rules:
         fingerprint: Any = given.pop("fingerprint", True)
         if not isinstance(fingerprint, bool) and (not callable(fingerprint) or is_async(fingerprint)):
             raise TypeError(f"fingerprint must be True, False or a sync callable, not {fingerprint!r}")
+        serializer = given.pop("serializer", None)
         docs_url = given.pop("docs_url", None)
         if docs_url is not None and not (isinstance(docs_url, str) and _URL.fullmatch(docs_url)):
             raise ValueError(f"docs_url must be a URL, not {docs_url!r}")
@@ -357,7 +360,8 @@ class Rules:
             keep=_KEPT | _also_kept(given.pop("keep_headers", ())),
             docs_url=docs_url,
             on_crash=given.pop("on_crash", "rerun"),
-            codec=codec_around(given.pop("serializer", None), ResponseCodec()),
+            serializer=serializer,
+            codec=codec_around(serializer, ResponseCodec()),
         )
         if given:
             raise TypeError(f"there is no option {next(iter(given))!r}")
@@ -392,7 +396,7 @@ class Rules:
         """What the record is named within the namespace. Raises Refused, and what the scope callable raises."""
         who = self.scope if isinstance(self.scope, Global) else self.scope(request)
         if isinstance(who, Response):
-            raise Refused(_checked_refusal(who))
+            raise Refused(sendable(who, "scope= refused the request by"))
         if not isinstance(who, (str, Global)) or who == "":
             raise TypeError(
                 f"scope= must return who is asking, as text that is not empty, and gave {type(who).__name__} for"
@@ -484,21 +488,24 @@ def problem(kind: str, *, header: str, max_body: int, docs_url: str | None) -> R
     return Response(status, headers, body)
 
 
-def _checked_refusal(answer: Any) -> Response:
-    """What a `scope` callable refuses with. Raises TypeError for what no server could send."""
+def sendable(answer: Any, whose: str) -> Response:
+    """A Response that a callable of the service's gave. Raises TypeError for what no server could send."""
+    if not isinstance(answer, Response):
+        raise TypeError(f"{whose} {type(answer).__name__}, which is no idempotent.http.Response")
+    status, headers, body = cast("tuple[Any, Any, Any]", answer)
     wrong = None
-    if isinstance(answer.status, bool) or not isinstance(answer.status, int) or not 200 <= answer.status <= 599:
-        wrong = f"a status of {answer.status!r}, which must be a number from 200 to 599"
-    elif not isinstance(answer.body, bytes):
-        wrong = f"a body of {type(answer.body).__name__}, which must be bytes"
-    elif not isinstance(answer.headers, list) or not all(
+    if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 599:
+        wrong = f"a status of {status!r}, which must be a number from 200 to 599"
+    elif not isinstance(body, bytes):
+        wrong = f"a body of {type(body).__name__}, which must be bytes"
+    elif not isinstance(headers, list) or not all(
         isinstance(line, (tuple, list)) and len(line) == 2 and all(isinstance(part, bytes) for part in line)
-        for line in answer.headers
+        for line in headers
     ):
         wrong = "headers that are no list of pairs of bytes, as [(b'www-authenticate', b'Bearer')] is"
     if wrong is not None:
-        raise TypeError(f"scope= refused the request by a Response with {wrong}")
-    return cast("Response", answer)
+        raise TypeError(f"{whose} a Response with {wrong}")
+    return answer
 
 
 def is_async(function: Any) -> bool:

@@ -51,7 +51,9 @@ def exempt(view: Callable[P, R]) -> Callable[P, R]:
 class _State:
     """What the middleware knows of one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        """Whose middleware serves the request; one that is listed again further down leaves it alone."""
         self.refusal: Response | None = None
         """What to answer if the request turns out to be served, because its body is not to be had."""
         self.exchange: Exchange | None = None
@@ -135,7 +137,7 @@ class IdempotencyMiddleware:
 
     def _prepared(self, request: HttpRequest) -> _State:
         """Have the body at hand before any `process_view` (that of CSRF) reads it as a stream."""
-        state = _State()
+        state = _State(self._service)
         setattr(request, _STATE, state)
         stream: Any = request
         rules = self._service.rules
@@ -166,7 +168,7 @@ class IdempotencyMiddleware:
     def _exchange(self, request: HttpRequest, view: Any) -> Exchange | None:
         """The request with its key and body; None: it is none of ours. Raises Refused."""
         state: _State | None = getattr(request, _STATE, None)
-        if state is None or getattr(view, _EXEMPT, False):
+        if state is None or state.service is not self._service or getattr(view, _EXEMPT, False):
             return None
         seen = _view(request)
         key = self._service.key_of(seen)
