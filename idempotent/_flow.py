@@ -722,9 +722,10 @@ async def resolve(run: Run, *, value: Any, error: Exception | None, applied: boo
             raise SerializationError(f"the given result cannot be recorded: {body.decode()}")
         ttl = plan.ttl
     else:
-        ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), 0.0)
-        if not ttl:
+        named = ttl_of(plan, error)
+        if named is None:
             raise ValueError(f"{type(error).__name__} is not named in error_ttl, so it could not be replayed")
+        ttl = named
         codec, body = ERROR, encode_error(error)
     settled = await _settle_dead(run, found.token, codec, body, failed=error is not None, ttl=ttl)
     return settled is not None

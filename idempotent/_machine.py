@@ -190,6 +190,18 @@ CLAIM: dict[str, Line] = {
 
 _STALE, _GONE = (Answer.STALE, None), (Answer.GONE, None)
 
+
+def _settling(then: State) -> dict[str, tuple[Answer, State | None]]:
+    return {
+        "running":     (Answer.DONE, then),
+        "in doubt":    (Answer.DONE, then),
+        "settled":     (Answer.DONE, None),
+        "withdrawn":   _GONE,
+        "another's":   _STALE,
+        "none":        _GONE,
+    }  # fmt: skip
+
+
 OWNER: dict[str, dict[str, tuple[Answer, State | None]]] = {
     # The command, and what it finds: its sender's own record, which is running, in doubt or settled; its sender's
     # tombstone; another's record, or tombstone with a higher token; none, by who knows its token and who does not.
@@ -201,22 +213,8 @@ OWNER: dict[str, dict[str, tuple[Answer, State | None]]] = {
         "another's":   _STALE,
         "none":        _GONE,
     },
-    "complete": {
-        "running":     (Answer.DONE, _C),
-        "in doubt":    (Answer.DONE, _C),
-        "settled":     (Answer.DONE, None),
-        "withdrawn":   _GONE,
-        "another's":   _STALE,
-        "none":        _GONE,
-    },
-    "fail": {
-        "running":     (Answer.DONE, _F),
-        "in doubt":    (Answer.DONE, _F),
-        "settled":     (Answer.DONE, None),
-        "withdrawn":   _GONE,
-        "another's":   _STALE,
-        "none":        _GONE,
-    },
+    "complete": _settling(_C),
+    "fail": _settling(_F),
     "release": {
         "running":     (Answer.DONE, _W),
         "in doubt":    (Answer.DONE, _W),

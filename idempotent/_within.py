@@ -34,7 +34,6 @@ from idempotent.errors import (
     ResultUnavailable,
     UnprotectedWarning,
 )
-from idempotent.serializers import encode_error, why
 
 __all__ = ["NOWHERE", "NO_FLIGHTS", "abandon", "begin", "plan_on", "settle"]
 
@@ -169,17 +168,12 @@ async def abandon(_driver: Driver, run: Run, error: BaseException) -> None:
         return
     try:
         await place.undo()
-        ttl = next((plan.error_ttl[cls] for cls in type(error).__mro__ if cls in plan.error_ttl), None)
+        ttl = flow.ttl_of(plan, error)
         if ttl is None or not run.raised or not isinstance(error, Exception):
             await place.release(run.rid, attempt=run.attempt, token=place.token)
             run.report("released", error=error)
         else:
-            codec = flow.ERROR
-            try:
-                body = encode_error(error)
-            except Exception as failure:
-                codec = flow.UNAVAILABLE
-                body = f"its error, {type(error).__name__}, could not be encoded: {why(failure)}".encode()
+            codec, body = flow.encoded_error(error)
             await place.fail(run.rid, attempt=run.attempt, token=place.token, codec=codec, body=body, ttl=ttl)
             run.report("failed", error=error)
         place.close()

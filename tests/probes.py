@@ -1,6 +1,9 @@
-"""What a function under test counts its effects with, and what it waits at."""
+"""What a function under test counts its effects with, and what it waits at; and how a test waits."""
 
 import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
 
 class Counter:
@@ -28,3 +31,12 @@ class Gate:
     def pass_through(self) -> None:
         self.entered.set()
         assert self.opened.wait(30)
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
+    """The first true answer of `holds`, asked until `seconds` are over."""
+    deadline = time.monotonic() + seconds
+    while not (answer := holds()):
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.005)
+    return answer

@@ -16,7 +16,7 @@ from servers import RedisCluster, Server, start_mariadb, start_postgres, start_r
 
 from idempotent import idempotent
 from idempotent.cli import doctor_sql
-from idempotent.cli.doctor_redis import NEEDS
+from idempotent.cli.doctor_redis import NEEDS, _version
 from idempotent.cli.main import main
 from idempotent.cli.verdict import Finding, clock, verdict_of
 
@@ -258,6 +258,21 @@ def test_a_cluster_that_has_lost_slots_is_not_safe(cluster: RedisCluster, doctor
         cluster.clients[2].execute_command("CLUSTER", "ADDSLOTS", 16_383)
     assert (report.verdict, report.reasons) == (UNSAFE, {"reachable"})
     assert "slot" in report.findings["reachable"].remedy
+
+
+@pytest.mark.parametrize(
+    ("hello", "level"),
+    [
+        ({"server": "redis", "version": "6.0.20"}, "unsafe"),
+        ({"server": "redis", "version": "6.2.0"}, "ok"),
+        ({"server": "redis", "version": "10.0.0"}, "ok"),
+        ({"server": "valkey", "version": "8.0.1"}, "ok"),
+        ({}, "note"),
+    ],
+    ids=str,
+)
+def test_a_redis_that_is_too_old_is_not_safe(hello: dict[str, str], level: str) -> None:
+    assert _version(hello).level == level
 
 
 MINIMAL = re.search(

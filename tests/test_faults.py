@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import servers
 from clocks import SteppedClock
 from colours import COLOURS, Colour, on_one_loop
 from differential import Commands
-from probes import Counter
+from probes import Counter, eventually
 from proxy import Proxy
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -76,15 +75,6 @@ def opened(_fresh: contextlib.ExitStack) -> Callable[..., Backend]:
 
 def through(proxy: Proxy, server: Server) -> str:
     return server.url.replace(f":{server.port}", f":{proxy.port}")
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
-    """The first true answer of `holds`, asked until `seconds` are over."""
-    deadline = time.monotonic() + seconds
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, "it has not come true"
-        time.sleep(0.005)
-    return answer
 
 
 def claim(commands: Commands, rid: RecordId, attempt: bytes = A, **changes: Any) -> Any:

@@ -28,11 +28,6 @@ from idempotent._record import LOCKS, RecordId
 from idempotent.events import EventName
 
 
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
-
-
 class DeclinedError(Exception):
     pass
 

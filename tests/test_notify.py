@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from colours import COLOURS, Colour
-from probes import Counter, Gate
+from probes import Counter, Gate, eventually
 from servers import Server
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -42,14 +42,6 @@ def opened(_fresh: contextlib.ExitStack) -> Callable[..., SQLBackend]:
 def space() -> str:
     """A namespace that no other test has."""
     return f"n{time.time_ns()}"
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, "it has not come true"
-        time.sleep(0.005)
-    return answer
 
 
 def plain(url: str) -> str:

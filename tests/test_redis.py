@@ -16,7 +16,7 @@ import redis
 import redis.asyncio
 from colours import COLOURS, Colour, on_one_loop
 from differential import Commands, aged, disagreement
-from probes import Counter, Gate
+from probes import Counter, Gate, eventually
 from proxy import Direction, Proxy
 from servers import Address, Server, start_redis
 
@@ -70,15 +70,6 @@ def opened(_fresh: contextlib.ExitStack) -> Callable[..., RedisBackend]:
 def client_of(server: Server | Address, **options: Any) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(server.url, **options) as client:
         yield client
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
-    """The first true answer of `holds`, asked until `seconds` are over."""
-    deadline = time.monotonic() + seconds
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, "it has not come true"
-        time.sleep(0.005)
-    return answer
 
 
 def claim(commands: Commands, rid: RecordId, attempt: bytes = A, **changes: Any) -> Any:

@@ -17,6 +17,7 @@ import redis.asyncio.sentinel
 import redis.sentinel
 from colours import COLOURS, Colour
 from differential import Commands
+from probes import eventually
 from servers import RedisCluster, RedisSentinels, Server, start_redis, start_sentinel
 
 from idempotent import Backend, BackendError, BackendUnavailable, Lock, RedisBackend, current_call
@@ -25,11 +26,6 @@ from idempotent.testing import BackendContract
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 A, B = b"attemptA", b"attemptB"
-
-
-@pytest.fixture(params=COLOURS, ids=repr)
-def colour(request: pytest.FixtureRequest) -> Colour:
-    return request.param
 
 
 @pytest.fixture
@@ -88,15 +84,6 @@ def pair(_pair: tuple[Server, Server]) -> Iterator[tuple[Server, Server]]:
 
 def client_of(server: Server, **options: Any) -> redis.Redis:
     return redis.Redis(port=server.port, **options)
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
-    """The first true answer of `holds`, asked until `seconds` are over."""
-    deadline = time.monotonic() + seconds
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, "it has not come true"
-        time.sleep(0.005)
-    return answer
 
 
 def claim(commands: Commands, rid: RecordId, attempt: bytes = A, **changes: Any) -> Any:

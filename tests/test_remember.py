@@ -1,7 +1,6 @@
 """`remember=`: past its ttl a result is gone, and its key is not: who comes late is told, and nothing runs again."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import sqlalchemy as sa
 from bank import BANKS, Bank, Entry, bank_of, url_of
 from colours import COLOURS, Colour
 from differential import Commands
-from probes import Counter
+from probes import Counter, eventually
 
 from idempotent import (
     Applied,
@@ -28,14 +27,6 @@ from idempotent.backends._engines import twins
 SHORT = 0.05
 LONG = 600.0
 RESULT = "the-receipt-of-a-payment"
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 30.0) -> None:
-    """Wait until `holds()` does: for what only the store's clock brings about."""
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.01)
 
 
 def state(colour: Colour, function: Any, *args: Any) -> str | None:

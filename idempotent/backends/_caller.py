@@ -312,19 +312,9 @@ class CallersTransaction(SQLBackend):
                 return None
             raise
 
-    async def _settle(
-        self,
-        rid: RecordId,
-        state: State,
-        attempt: bytes,
-        token: int,
-        codec: str,
-        body: bytes,
-        ttl: float,
-        remember: float = 0.0,
-    ) -> Answer:
+    async def _settle(self, *args: Any, **kwargs: Any) -> Answer:
         try:
-            return await super()._settle(rid, state, attempt, token, codec, body, ttl, remember)
+            return await super()._settle(*args, **kwargs)
         except exc.DBAPIError as error:
             if self.stands or not _is_missing(error):
                 raise

@@ -70,7 +70,7 @@ def _unfound(error: RedisError) -> Finding:
             "+cluster|slots on a cluster; +role, and for the user of the sentinels +sentinel|get-master-addr-by-name"
         )
         return Finding("permissions", "unsafe", str(error), why, remedy)
-    remedy = "bring its nodes, or its sentinels, up; every slot of a cluster needs a node"
+    remedy = "bring its nodes, or its sentinels, up, and every slot to a node; a server of its own is redis://"
     return Finding("reachable", "unsafe", str(error), why, remedy)
 
 
