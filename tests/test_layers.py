@@ -20,7 +20,7 @@ LAYERS = [
     ["backends", "backends.base", "backends._loops", "backends._watchdog"],
     ["_near", "backends._listener"],
     ["backends._notify", "backends._redis_links"],
-    ["backends.pubsub", "backends._redis_nodes"],
+    ["backends._pubsub", "backends._redis_nodes"],
     ["backends._redis_sources"],
     ["backends._engines", "backends._statements"],
     ["backends.local", "backends.redis", "backends.sql"],
@@ -44,7 +44,7 @@ LAYERS = [
     ["http"],
     ["sql"],
     ["_demo"],
-    ["cli", "cli.exits", "cli.interrupts", "cli.table"],
+    ["cli", "cli.exits", "cli.interrupts", "cli.schema"],
     ["cli.console", "cli.verdict"],
     ["cli.store"],
     ["cli.find"],
@@ -109,13 +109,13 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 def test_a_heavy_library_is_imported_at_the_top_only_where_it_is_the_subject(heavy: str) -> None:
     subjects = {
         "redis": {
-            *("backends.redis", "backends.pubsub", "cli.doctor_redis"),
+            *("backends.redis", "backends._pubsub", "cli.doctor_redis"),
             *("backends._redis_links", "backends._redis_nodes", "backends._redis_sources"),
         },
         "hypothesis": {"testing.strategies", "testing.stateful"},
         "sqlalchemy": {
             *("backends.sql", "backends._engines", "backends._notify", "backends._statements", "backends._caller"),
-            *("sql", "cli.table", "cli.doctor_sql"),
+            *("sql", "cli.schema", "cli.doctor_sql"),
         },
     }
     importers = set()

@@ -14,6 +14,7 @@ import redis.sentinel
 
 from idempotent._options import split_url
 from idempotent.backends._listener import Listener
+from idempotent.backends._pubsub import subscriber_of
 from idempotent.backends._redis_links import (
     Address,
     AsyncLink,
@@ -25,7 +26,6 @@ from idempotent.backends._redis_links import (
     sync_pool,
 )
 from idempotent.backends._redis_nodes import Cluster, Map, NodesLink, Sentinels
-from idempotent.backends.pubsub import subscriber_of
 
 __all__ = ["Servers", "servers_of"]
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from idempotent.backends.sql import SQLBackend, _code, _words
-from idempotent.cli.table import differences
+from idempotent.cli.schema import differences
 from idempotent.cli.verdict import Finding, clock
 
 __all__ = ["examine", "missing_file"]

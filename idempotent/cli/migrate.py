@@ -52,7 +52,7 @@ async def _make(backend: "SQLBackend") -> tuple[bool, list[str]]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from idempotent.backends.sql import _words
-    from idempotent.cli.table import differences
+    from idempotent.cli.schema import differences
 
     def work(connection: Any) -> tuple[bool, list[str]]:
         wrong = differences(connection, backend.table)
