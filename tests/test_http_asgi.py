@@ -678,6 +678,19 @@ def test_a_compressed_answer_is_replayed_as_it_was(inside: bool) -> None:
     asyncio.run(main())
 
 
+def test_a_request_that_is_sent_in_once_more_by_whoever_is_further_out_is_served_again() -> None:
+    async def main() -> None:
+        app, scope = App(), scope_of()
+        middleware = served(served(app))
+        clients = [Client(), Client()]
+        for client in clients:
+            await middleware(scope, client.receive, client.send)
+        assert [client.body for client in clients] == [b"1", b"1"]
+        assert (b"idempotency-replayed", b"true") in clients[1].headers
+
+    asyncio.run(main())
+
+
 def test_two_mounts_of_one_application_never_answer_for_each_other() -> None:
     from starlette.applications import Starlette
     from starlette.routing import Mount

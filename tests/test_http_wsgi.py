@@ -85,6 +85,14 @@ def test_the_first_answer_keeps_its_reason_and_spelling_and_a_replay_has_the_sam
     assert again.get("x-own") is None
 
 
+def test_a_request_that_is_sent_in_once_more_by_whoever_is_further_out_is_served_again() -> None:
+    middleware = served(served(App()))
+    first = Call(middleware)
+    again = Call(middleware, **{**first.environ, "wsgi.input": io.BytesIO(b"{}")})
+    assert (first.finish(), again.finish()) == (b"1", b"1")
+    assert again.get("idempotency-replayed") == "true"
+
+
 def test_a_status_without_a_name_is_replayed() -> None:
     def app(environ: Any, start_response: Any) -> Iterable[bytes]:
         start_response("299 Odd", [])

@@ -145,6 +145,7 @@ async def _run(app: App, exchange: Exchange, scope: Scope, receive: Receive, sen
         raise
     finally:
         taken.over.set()
+        scope.pop(_SEEN, None)  # whoever is further out may send the request once more, to be served again
 
 
 class _Taken:

@@ -54,7 +54,6 @@ class IdempotencyMiddleware:
             body = _body(environ, request, self._service.rules)
         except Refused as refused:
             return _answer(start_response, refused.answer)
-        environ[_SEEN] = True
         environ["wsgi.input"] = io.BytesIO(body)
         environ["CONTENT_LENGTH"] = str(len(body))
         environ.pop("HTTP_TRANSFER_ENCODING", None)
@@ -166,6 +165,7 @@ class _Taken:
         """Call the application; what the server is to send."""
         running = self._running
         try:
+            environ[_SEEN] = True
             with running.part():
                 found = app(environ, self._start)
                 self._close = getattr(found, "close", None)
@@ -177,6 +177,8 @@ class _Taken:
             if self._close is not None:
                 self._close()
             raise
+        finally:
+            environ.pop(_SEEN, None)  # whoever is further out may send the request once more, to be served again
         if rest is not None:
             return self._stream(rest)
         running.end(raised=False)
