@@ -5,6 +5,7 @@ is frozen past its lease; the token lets the protected resource refuse it (Marti
 locking", 2016).
 """
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -153,7 +154,8 @@ class Hold(_Hold):
             finish(lambda: flow.release(SYNC, self._held))
             raise
 
-    def _end(self, error: BaseException | None) -> None:
+    def _end(self, error: BaseException | None) -> Ending:
+        """Free the lock after its block; the caller is to `tell`."""
         ending: Ending | None = None
         try:
             ending = Ending(self._held, error)
@@ -161,7 +163,7 @@ class Hold(_Hold):
         except BaseException:
             finish(lambda: (ending or Ending(self._held, error)).run(SYNC))
             raise
-        ending.tell()
+        return ending
 
 
 def _user_of(held: Held) -> Any:
@@ -346,14 +348,18 @@ def _timeout(plan: Plan, rid: RecordId) -> LockTimeout:
     return LockTimeout(f"the lock {rid.digest} was not free within {plan.wait:g} s; raise wait=, or try again later")
 
 
-def _take(plan: Plan, rid: RecordId, wait: float | None) -> Hold | None:
+def _take(plan: Plan, rid: RecordId, wait: float | None, entered: "_Entered[Hold] | None" = None) -> Hold | None:
     held = Held(SYNC, plan, rid, Asker(is_async=False))
     hold = Hold(held)
     held.user = weakref.ref(hold)
     if held.watch is not None:
         held.tell = _tell
     try:
-        return hold if drive(flow.acquire(SYNC, held, wait)) else None
+        if not drive(flow.acquire(SYNC, held, wait)):
+            return None
+        if entered is not None:  # before a signal handler's exception can keep it from whoever asked
+            entered.add(hold)
+        return hold
     except BaseException as error:
         finish(functools.partial(flow.withdraw, SYNC, held, error))
         raise
@@ -404,31 +410,28 @@ class _Entered(Generic[H]):
     def add(self, hold: H) -> None:
         self._holds.append(hold)
 
-    def drop(self, *, is_async: bool) -> list[H]:
-        """Take away what this thread or task has entered, for when a signal handler's exception has broken in."""
-        me = Asker(is_async=is_async)
-        mine = [hold for hold in self._holds if hold._held.asker.is_me(me)]
-        for hold in mine:
+    def discard(self, hold: H) -> None:
+        """The block of `hold` has ended. May be called twice."""
+        with contextlib.suppress(ValueError):
             self._holds.remove(hold)
-        return mine
 
-    def pop(self, *, is_async: bool) -> H:
-        """The hold whose block ends: the last of this thread or task, else the oldest.
+    def mine(self, *, is_async: bool) -> list[H]:
+        """What this thread or task has entered."""
+        me = Asker(is_async=is_async)
+        return [hold for hold in list(self._holds) if hold._held.asker.is_me(me)]
+
+    def ending(self, *, is_async: bool) -> H:
+        """The hold whose block ends: the last of this thread or task, else the oldest whose block has not just ended.
 
         A block of a generator may end in another thread than it began in. Of several holds all but the newest are
         lost, so no live one is taken for another's.
         """
-        holds = self._holds
+        holds = list(self._holds)
+        if not holds:
+            raise LockError("the lock was never entered: use it as `with lock:`")
         if len(holds) > 1:
-            me = Asker(is_async=is_async)
-            mine = [hold for hold in holds if hold._held.asker.is_me(me)]
-            if mine:
-                holds.remove(mine[-1])
-                return mine[-1]
-        try:
-            return holds.pop(0)
-        except IndexError:
-            raise LockError("the lock was never entered: use it as `with lock:`") from None
+            holds = self.mine(is_async=is_async)[-1:] or [hold for hold in holds if not hold._held.over] or holds
+        return holds[0]
 
 
 class Lock:
@@ -512,28 +515,36 @@ class Lock:
 
     def __enter__(self) -> Hold:
         plan = self._options.plan()
-        hold = _take(plan, self._rid, plan.wait)
-        if hold is None:
-            raise _timeout(plan, self._rid)
         try:
-            self._entered.add(hold)
+            hold = _take(plan, self._rid, plan.wait, self._entered)
+            if hold is None:
+                raise _timeout(plan, self._rid)
             return hold
+        except Exception:
+            raise
         except BaseException:  # a signal handler's: there will be no __exit__
-            self._entered.drop(is_async=False)
-            finish(lambda: flow.release(SYNC, hold._held))
+            self._leave()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._entered.pop(is_async=False)._end(error)
+            hold = self._entered.ending(is_async=False)
+            ending = hold._end(error)
+            self._entered.discard(hold)
+            ending.tell()
         except Exception:
             raise
         except BaseException:  # a signal handler's: __exit__ is not called again
-            for hold in self._entered.drop(is_async=False):
-                finish(functools.partial(flow.release, SYNC, hold._held))
+            self._leave()
             raise
+
+    def _leave(self) -> None:
+        """Free what this thread has entered."""
+        for hold in self._entered.mine(is_async=False):
+            finish(functools.partial(flow.release, SYNC, hold._held))
+            self._entered.discard(hold)
 
     def locked(self) -> bool:
         """Whether anybody holds the lock at this moment."""
@@ -644,19 +655,14 @@ class AsyncLock:
             self._entered.add(hold)
             return hold
         except BaseException:  # a signal handler's: there will be no __aexit__, and nobody to await the release
-            self._entered.drop(is_async=True)
+            self._entered.discard(hold)
             raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            hold = self._entered.pop(is_async=True)
-        except Exception:
-            raise
-        except BaseException:
-            self._entered.drop(is_async=True)
-            raise
+        hold = self._entered.ending(is_async=True)
+        self._entered.discard(hold)
         await hold._end(error)
 
     async def locked(self) -> bool:
@@ -772,9 +778,9 @@ def _sync_call(function: Callable[..., Any], options: _Options, lock_of: LockOf)
                     " Put @serialized directly on the async function"
                 )
         except BaseException as error:
-            hold._end(error)
+            hold._end(error).tell()
             raise
-        hold._end(None)
+        hold._end(None).tell()
         return value
 
     return call
