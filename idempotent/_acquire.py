@@ -35,7 +35,7 @@ _STREAK = 0.1
 _TIMES = 8
 """As often may it in any case."""
 _LATE = 10
-"""So many claims in a row may be confirmed only after their lease before the lease is taken to be too short."""
+"""So many claims in a row, if there is time, may be confirmed only after their lease before it is taken to be too short."""
 
 
 async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
@@ -134,13 +134,12 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
             if driver.now() >= held.valid_until and not await _still_ours(driver, held):
                 held.fence, held.attempt = None, held.new_attempt()
                 held.claiming = False
-                if until is not None and driver.now() >= until:
-                    return False
                 late += 1
-                if late == _LATE:
+                # Not False at the end of the time: nobody holds the lock, and a caller told so would leave it to others.
+                if late == _LATE or (until is not None and driver.now() >= until):
                     raise LockError(
-                        f"lease={plan.lease:g} s is too short: {late} claims of the lock {rid.digest} in a row were"
-                        " granted, and each lease had ended before it could be used; a longer lease is needed"
+                        f"lease={plan.lease:g} s is too short: the lock {rid.digest} was granted {late} times in a row,"
+                        " and each lease had ended before it could be used; a longer lease is needed"
                     )
                 continue
             held.claiming = False
@@ -173,7 +172,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
             await plan.backend.changed(rid, token=reply.token, timeout=patience)
         except BackendError as error:  # the next claim tells whether the backend is out
             held.report("backend_error", error=error)
-            await driver.sleep(min(patience, 0.05))
+            await driver.sleep(min(patience, 0.05 * (0.5 + random())))
 
 
 async def _outwait(driver: Driver, room: Room, place: Place, holder: Held, left: float | None, trust: float) -> None:

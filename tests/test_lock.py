@@ -57,6 +57,7 @@ from idempotent import (
 )
 from idempotent._drive import drive
 from idempotent._record import LOCKS, RecordId
+from idempotent.backends import base
 from idempotent.events import Event
 
 # ------------------------------------------------------------------------------------------------- both colours as one
@@ -480,6 +481,38 @@ def test_a_release_wakes_a_waiter_of_another_process_at_once(
     raise AssertionError(took)
 
 
+def test_a_release_between_the_refusal_and_the_subscription_is_not_missed(
+    kind: Kind, backend_url: str, _fresh: contextlib.ExitStack
+) -> None:
+    class FreedMeanwhile(Faulty):
+        def blocking(self) -> Backend:
+            self.inner = self.inner.blocking()
+            return self
+
+        def asynchronous(self) -> Backend:
+            self.inner = self.inner.asynchronous()
+            return self
+
+        async def changed(self, *args: Any, **kwargs: Any) -> Any:
+            if holds:
+                free = holds.pop().release
+                await asyncio.to_thread(free) if kind.name == "async" else free()
+                freed_at.append(time.monotonic())
+            return await self.inner.changed(*args, **kwargs)
+
+    holder = Lock("l", backend=apart(backend_url, _fresh))
+    lock = kind.lock(backend=FreedMeanwhile(open_backend(backend_url)))
+    holds: list[Any] = []
+    freed_at: list[float] = []
+    took: list[float] = []
+    while len(took) < 5 and min(took, default=1) > 0.4:  # a second is the time after which a waiter looks anyway
+        holds.append(start(holder.acquire).result(30))
+        theirs = lock.acquire(wait=20)
+        took.append(time.monotonic() - freed_at[-1])
+        theirs.release()
+    assert min(took) <= 0.4, took
+
+
 def test_a_waiter_sees_a_lease_that_ends_without_a_word(
     kind: Kind, backend_url: str, _fresh: contextlib.ExitStack
 ) -> None:
@@ -574,6 +607,32 @@ def test_a_hold_released_on_another_loop_during_a_renewal_is_not_lost() -> None:
     assert told == ["claimed", "released"]
 
 
+def test_waits_that_poll_are_not_in_step_and_overshoot_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(base, "monotonic", lambda: now)
+
+    def pauses(seconds: float) -> list[float]:
+        nonlocal now
+        taken: list[float] = []
+
+        async def sleep(pause: float) -> None:
+            nonlocal now
+            taken.append(pause)
+            now += pause
+
+        async def always() -> bool:
+            return True
+
+        drive(base.poll(always, sleep, seconds))
+        return taken
+
+    first, second = pauses(30), pauses(30)
+    assert [sum(first), sum(second)] == pytest.approx([30, 30])
+    assert len(set(first + second)) == len(first) + len(second)  # no two are alike
+    assert max(first) < 0.5
+    assert 80 < len(first) < 240
+
+
 def test_a_wait_may_outlast_the_backends_timeout(
     kind: Kind, shared_backend_url: str, _fresh: contextlib.ExitStack
 ) -> None:
@@ -627,11 +686,14 @@ def test_a_lease_of_milliseconds_is_one(kind: Kind, backend_url: str, _fresh: co
     other.release()
 
 
-def test_a_lease_that_ends_before_it_can_be_used_is_named(kind: Kind, backend_url: str) -> None:
+@pytest.mark.parametrize("wait", [0, None])
+def test_a_lease_that_ends_before_it_can_be_used_is_named(kind: Kind, backend_url: str, wait: float | None) -> None:
+    """And the lock is not said to be taken, as nobody has it."""
     lock = kind.lock(backend=backend_url, lease=1e-6, heartbeat=False)
-    future = start(lock.acquire, wait=None)
+    future = start(lock.acquire, wait=wait)
     error = future.exception(30)
     assert isinstance(error, LockError if backend_url.startswith("local") else (LockError, BackendUnavailable))
+    assert not isinstance(error, LockTimeout)
     assert "lease=1e-06 s" in "\n".join([str(error), *getattr(error, "__notes__", ())])
     hold = start(kind.lock(backend=backend_url).acquire, wait=20).result(30)
     assert hold is not None
@@ -1008,6 +1070,7 @@ def test_a_record_deleted_by_hand_is_noticed(kind: Kind, backend_url: str) -> No
     def body(hold: Any) -> None:
         asyncio.run(_wipe(backend_url, rid))
         eventually(lambda: hold.lost)
+        assert not lock.locked()  # no renewal has made it anew
 
     with pytest.raises(LockLost):
         kind.body(lock, body)
@@ -1017,6 +1080,26 @@ def test_a_record_deleted_by_hand_is_noticed(kind: Kind, backend_url: str) -> No
 
     with pytest.raises(LockLost):  # no heartbeat came by: the release finds out
         kind.body(kind.lock(backend=backend_url), short)
+
+
+@pytest.mark.parametrize("how", ["deleted by hand", "broken", "taken by another"])
+def test_a_renewal_neither_revives_nor_steals_a_lost_lock(
+    kind: Kind, backend_url: str, how: str, _fresh: contextlib.ExitStack
+) -> None:
+    lock, other = kind.lock(backend=backend_url), kind.lock(backend=apart(backend_url, _fresh))
+    late, rid = lock.acquire(), RecordId("", "l", LOCKS)
+    other.break_() if how == "broken" else asyncio.run(_wipe(backend_url, rid))
+    successor = other.acquire(wait=0) if how == "taken by another" else None
+    with pytest.raises(LockLost):
+        late.extend()
+    assert late.lost
+    if successor is None:
+        assert not lock.locked()
+        assert lock.info() is None
+    else:
+        assert lock.info().token == successor.token
+        successor.extend()
+        successor.release()
 
 
 async def _wipe(url: str, rid: RecordId) -> None:
@@ -1585,10 +1668,6 @@ def test_a_claim_that_had_no_more_time_than_its_lease_is_told_so(kind: Kind) -> 
         assert any("lease=0.5 s" in note for note in notes) == (lease == 0.5)
 
 
-def test_a_lease_too_short_to_be_held_is_no_endless_loop(kind: Kind) -> None:
-    assert kind.lock(backend=LocalBackend(), lease=1e-6, heartbeat=False).acquire(wait=0) is None
-
-
 def test_a_lock_travels_to_another_process_used_or_not() -> None:
     lock = Lock("l", backend="local://", lease=5)
     with lock:
@@ -1675,7 +1754,7 @@ def _code(code: CodeType) -> bytes:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_ctrl_c_at_any_instruction_leaves_no_lock_for_longer_than_its_lease(shared: bool) -> None:
+def test_ctrl_c_at_any_instruction_leaves_no_lock(shared: bool) -> None:
     backend = LocalBackend()
     lock = Lock("l", backend=backend, lease=0.3)
 
@@ -1683,12 +1762,16 @@ def test_ctrl_c_at_any_instruction_leaves_no_lock_for_longer_than_its_lease(shar
         with lock if shared else Lock("l", backend=backend, lease=0.3) as hold:
             hold.extend()
 
-    # The first instruction of __exit__ is out of reach: whoever is interrupted there leaves a shared Lock its hold.
+    # The first instruction of __exit__ is out of reach: whoever is interrupted there leaves its lease to end, and a
+    # shared Lock its hold.
     other, spare = Lock("l", backend=backend), "__exit__" if shared else ""
+    left: list[int] = []
 
     def everywhere() -> int:
         step = 1
         while interrupted(step, body, spare):
+            if other.locked():
+                left.append(step)
             hold = start(other.acquire, wait=20).result(30)
             assert hold is not None, step
             hold.release()
@@ -1702,6 +1785,7 @@ def test_ctrl_c_at_any_instruction_leaves_no_lock_for_longer_than_its_lease(shar
         # In a thread of its own: what a trace raises between two instructions can stay its thread's handled exception,
         # and then the context of all later ones.
         assert start(everywhere).result(110) > 100
+    assert len(left) == (0 if shared else 1)
 
 
 def test_a_hold_that_nobody_has_any_more_is_not_renewed(kind: Kind, backend_url: str) -> None:
@@ -2005,6 +2089,25 @@ def test_a_child_forked_in_an_async_block_holds_nothing_and_frees_nothing(shared
         assert not await lock.locked()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("backend_url", ["postgres"], indirect=True)
+def test_a_lock_that_is_held_in_postgresql_leaves_nothing_in_a_session(kind: Kind, backend_url: str) -> None:
+    """No advisory lock, which a pooler in transaction mode would strand, nor a transaction: but a row."""
+    import psycopg
+
+    me = f"l{time.time_ns()}"
+    lock = kind.lock(backend=f"{backend_url}{_and(backend_url)}application_name={me}")
+    plain = urlunsplit(urlsplit(backend_url)._replace(scheme="postgresql", query=""))
+
+    def body(hold: Any) -> None:
+        with psycopg.connect(plain, autocommit=True) as onlooker:
+            sessions = onlooker.execute("SELECT pid, state FROM pg_stat_activity WHERE application_name = %s", (me,))
+            pids, states = zip(*sessions, strict=True)
+            assert set(states) == {"idle"}
+            assert onlooker.execute("SELECT * FROM pg_locks WHERE pid = ANY(%s)", (list(pids),)).fetchall() == []
+
+    kind.body(lock, body)
 
 
 # ------------------------------------------------------------------------------------------------------ nothing is left
