@@ -41,6 +41,7 @@ class Watch:
         """What its claim was answered; None: nothing."""
         self.stored = False
         self.over = False
+        """There is nothing to observe any more, or at all."""
 
 
 def _report(
@@ -80,7 +81,8 @@ async def begin(driver: Driver, watch: Watch) -> None:
     """Claim the key, or find out what enforcement would do instead. Raises nothing of its own."""
     run = watch.run
     plan, rid = run.plan, run.rid
-    run.unprotected = True  # its steps are not recorded, unless the claim is granted
+    if watch.over:
+        return
     if driver.now() < _rests.get(plan.flights, 0.0):
         _report(plan, "unprotected", digest=rid.digest)
         return
@@ -100,7 +102,7 @@ async def begin(driver: Driver, watch: Watch) -> None:
         )
         run.claiming = False
         if isinstance(reply, Granted):
-            run.token, run.unprotected = reply.token, False
+            run.token = reply.token
             run.valid_until = sent + plan.lease * (1 - MARGIN)
             driver.beat(run)
     except Exception as error:  # of a backend that breaks its contract, or for want of a thread, too

@@ -241,7 +241,7 @@ async def begin(driver: Driver, step: Step) -> Replay | None:
     """
     step.call.check()
     parent, journal = step.parent, step.call._journal
-    if parent.unprotected or parent.plan.observes:
+    if parent.unprotected:
         return None
     try:
         while not journal.epoch:
@@ -326,8 +326,6 @@ async def settle(driver: Driver, step: Step, value: Any) -> Any:
         ResultUnavailable: the value cannot be encoded; the record says that the step was done.
     """
     parent, run = step.parent, step.run
-    if parent.plan.observes:
-        return value
     if run is None:  # without protection, as was asked for
         run = _sub_run(parent, str(step.place), step.fingerprint, step.codec)
         codec, body, result = flow._encode(run, value)

@@ -27,7 +27,7 @@ from idempotent._types import (
 )
 from idempotent.backends.base import Backend
 from idempotent.errors import CallError, IdempotencyError
-from idempotent.keys import Binder, check_key
+from idempotent.keys import Binder, check_key, new_key
 from idempotent.serializers import Codec, Serializer, codec_for
 
 __all__ = ["explain", "forget", "idempotent", "key_for", "outcome", "peek", "resolve", "stats", "with_key"]
@@ -302,7 +302,7 @@ class _Spec:
         return made[1]
 
     def blind_plan(self) -> Plan:
-        """A plan to report by, where none could be made."""
+        """A plan for observed calls that nothing is asked of."""
         settings = config.settings
         return Plan(
             backend=cast("Backend", None),
@@ -318,6 +318,7 @@ class _Spec:
             run_on_outage=True,
             hooks=settings.hooks,
             stats=self.stats,
+            observes=True,
         )
 
     def run(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], key: str, fingerprint: bytes) -> Run:
@@ -495,23 +496,29 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick | None, driver: Any = N
 Identify = Callable[[tuple[Any, ...], dict[str, Any]], tuple[str, bytes]]
 
 
-def _watch(spec: _Spec, identify: Identify, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watch | None:
-    """What is observed of a call; None: nothing can be."""
-    if spec.within is not None:
-        return None  # a claim would hold up other transactions, and savepoints are not the application's own
+def _watch(spec: _Spec, identify: Identify, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watch:
+    """What is to be observed of a call."""
+    key = None
     try:
-        named, fingerprint = identify(args, kwargs)
-        return Watch(spec.run(spec.plan(), args, kwargs, named, fingerprint))
+        key, fingerprint = identify(args, kwargs)
+        if spec.within is None:
+            return Watch(spec.run(spec.plan(), args, kwargs, key, fingerprint))
     except Exception as error:  # a key function's, too: enforcement would let it through
-        observe.unusable(spec.blind_plan(), error)
-        return None
+        if spec.within is None:
+            observe.unusable(spec.blind_plan(), error)
+    # Nothing is: there is no key, or a claim would hold up other transactions, in savepoints that are not the
+    # application's own. The function has a `current_call()` all the same.
+    rid = RecordId(spec.namespace, key or new_key())
+    watch = Watch(Run(spec.blind_plan(), rid, b"", lambda: spec.binder.bind(args, kwargs)))
+    watch.over = True
+    return watch
 
 
-def _observed(watch: Watch | None, pick: Pick | None, value: Any) -> Any:
+def _observed(watch: Watch, pick: Pick | None, value: Any) -> Any:
     if pick is None:
         return value
-    key, token, stored = ("", 0, False) if watch is None else (watch.run.rid.key, watch.run.token or 0, watch.stored)
-    return pick(key, Replay(value, replayed=False, stored=stored, token=token, age=0.0))
+    run = watch.run
+    return pick(run.rid.key, Replay(value, replayed=False, stored=watch.stored, token=run.token or 0, age=0.0))
 
 
 def _sync_observed(spec: _Spec, identify: Identify, pick: Pick | None) -> Callable[..., Any]:
@@ -519,8 +526,6 @@ def _sync_observed(spec: _Spec, identify: Identify, pick: Pick | None) -> Callab
 
     def call(*args: Any, **kwargs: Any) -> Any:
         watch = _watch(spec, identify, args, kwargs)
-        if watch is None:
-            return _observed(None, pick, function(*args, **kwargs))
         value: Any = None
         try:
             drive(observe.begin(SYNC, watch))
@@ -543,8 +548,6 @@ def _async_observed(spec: _Spec, identify: Identify, pick: Pick | None, driver: 
 
     async def call(*args: Any, **kwargs: Any) -> Any:
         watch = _watch(spec, identify, args, kwargs)
-        if watch is None:
-            return _observed(None, pick, await function(*args, **kwargs))
         try:
             await observe.begin(driver, watch)
             with Running(driver, watch.run):

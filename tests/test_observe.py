@@ -156,6 +156,20 @@ def test_calls_without_a_usable_key_run(colour: Colour, key: Any, effects: Count
     assert colour.call(function.outcome, given).value == 2
 
 
+def test_a_call_without_a_usable_key_has_a_current_call_all_the_same(seen: list[Event]) -> None:
+    def charge(order: object) -> tuple[Any, ...]:
+        call = current_call()
+        assert call is not None
+        call.check()
+        return call.arguments["order"], call.token, call.step("one", lambda: 1), call.downstream_key("provider")
+
+    given = object()
+    function = idempotent(key="{order}", namespace="n", backend="local://")(charge)
+    (*first, key), (*second, other) = function(given), function(given)
+    assert first == second == [given, 0, 1]
+    assert key != other  # or the provider would take different calls for one
+
+
 def test_arguments_that_do_not_fit_are_the_functions_own_error(colour: Colour, seen: list[Event]) -> None:
     function = colour.define(lambda order: order, backend="local://")
     with pytest.raises(TypeError, match="order"):
@@ -298,7 +312,7 @@ def test_steps_and_checks_stand_in_nobodys_way(seen: list[Event]) -> None:
     def ship(order: str, fails: bool = False) -> str:
         call = current_call()
         assert call is not None
-        call.step("pack", lambda: ran.append("packed"))
+        call.step("pack", lambda box: ran.append("packed"), object())  # which enforcement would refuse
         call._run.lost = True
         call.check()
         if fails:
@@ -415,10 +429,12 @@ def bank(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bank]:
 def test_a_transaction_of_the_callers_is_left_alone(bank: Bank, seen: list[Event]) -> None:
     def deposit(session: Any, account: str) -> str:
         session.execute(sa.insert(Entry).values(account=account, amount=5))
-        return "done"
+        call = current_call()
+        assert call is not None
+        return call.key
 
     pay = bank.define(deposit, key="{account}")
     for _ in range(2):
-        assert bank.commit(pay, "a") == "done"
+        assert bank.commit(pay, "a") == "a"
     assert bank.entries("a") == 2
     assert seen == []
