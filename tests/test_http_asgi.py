@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterable
 from contextvars import Context
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -1135,6 +1136,7 @@ def test_openapi_shows_the_header_and_the_answers_of_the_routes() -> None:
         found = paths[path]["post"]
         (header,) = [each for each in found["parameters"] if each["name"] == "Idempotency-Key"]
         assert (header["in"], header["required"]) == ("header", False)
+        assert header["description"].endswith("Its answer is kept for 86400 seconds, a 4xx one for 60.")
         assert {"400", "409", "413", "422", "503"} <= found["responses"].keys()
         assert "application/problem+json" in found["responses"]["422"]["content"]
         assert "application/json" in found["responses"]["422"]["content"]  # FastAPI's own validation error
@@ -1160,17 +1162,19 @@ def test_describe_adds_the_header_and_the_answers_to_a_schema() -> None:
     def payments() -> int:
         return 1
 
-    schema = describe(app.openapi(), paths=["/payments"], required=True)
+    options: Any = {"paths": ["/payments"], "required": True, "ttl": timedelta(minutes=5), "error_ttl": 0.5}
+    schema = describe(app.openapi(), **options)
     found = schema["paths"]["/payments"]["post"]
     assert [(each["name"], each["required"]) for each in found["parameters"]] == [
         ("amount", True),
         ("Idempotency-Key", True),
     ]
+    assert "kept for 300 seconds, a 4xx one for 0.5." in found["parameters"][1]["description"]
     assert set(found["responses"]) == {"200", "400", "409", "413", "422", "503"}
     assert set(found["responses"]["422"]["content"]) == {"application/json", "application/problem+json"}
     assert set(schema["paths"]["/quotes"]["post"]["responses"]) == {"200"}
     assert set(schema["paths"]["/payments"]["get"]["responses"]) == {"200"}
-    assert describe(schema, paths=["/payments"], required=True) == schema  # twice changes nothing
+    assert describe(schema, **options) == schema  # twice changes nothing
 
 
 def test_a_generator_cannot_be_a_route_of_the_class() -> None:

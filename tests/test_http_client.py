@@ -53,7 +53,8 @@ class Script:
                     self.rfile.readline()
                 else:
                     body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                script.requests.append((self.command, self.path, self.headers.get("idempotency-key"), body))
+                keys = self.headers.get_all("idempotency-key", [])
+                script.requests.append((self.command, self.path, " twice ".join(keys) or None, body))
                 reply = script.replies.pop(0) if len(script.replies) > 1 else script.replies[0]
                 if isinstance(reply, str):
                     if reply == "cut":
@@ -468,6 +469,36 @@ def test_a_certificate_that_is_refused_is_not_asked_again(server: Script, pauses
     with session, pytest.raises(requests.exceptions.SSLError):
         session.post(server.url.replace("http:", "https:"), json={})
     assert pauses == []
+
+
+def mocked(request: httpx.Request) -> httpx.Response:
+    assert "idempotency-key" in request.headers
+    if request.url.path == "/first":
+        return httpx.Response(307, headers={"location": "/"}, content=b"moved")
+    return httpx.Response(201, json={"number": 1})
+
+
+def test_answers_of_a_mock_which_have_been_read_already_are_given_back() -> None:
+    transport = httpx.MockTransport(mocked)
+    with httpx.Client(transport=IdempotencyTransport(transport), follow_redirects=True) as client:
+        assert client.post("https://shop.example/first", json={}).json() == {"number": 1}
+
+    async def main() -> None:
+        inner = AsyncIdempotencyTransport(transport)
+        async with httpx.AsyncClient(transport=inner, follow_redirects=True) as client:
+            assert (await client.post("https://shop.example/first", json={})).json() == {"number": 1}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("make", [IdempotencyTransport, AsyncIdempotencyTransport])
+def test_what_cannot_send_in_this_colour_is_refused_at_once(make: Any) -> None:
+    for wrong in (httpx.Client(), httpx.HTTPTransport, "https://shop.example"):
+        with pytest.raises(TypeError, match="transport must have handle_"):
+            make(wrong)
+    other = httpx.AsyncHTTPTransport() if make is IdempotencyTransport else httpx.HTTPTransport()
+    with pytest.raises(TypeError, match="transport must have handle_"):
+        make(other)
 
 
 def test_streamed_answers_stay_streams(server: Script) -> None:

@@ -209,6 +209,8 @@ def test_answers_are_kept_for_ttl_and_those_to_mistakes_for_error_ttl(stack_type
         assert ttl - 15 < record.expires_in <= ttl
     stack = stack_type(backend=LocalBackend(), error_ttl=0)
     assert [stack.post("/status/404", key="k").replayed for _ in range(2)] == [False, False]
+    stack = stack_type(backend=LocalBackend(), ttl=1e-6)
+    assert [stack.post("/status/200", key="k").replayed for _ in range(2)] == [False, False]
 
 
 def test_an_error_in_the_application_frees_the_key(stack_type: type[Stack]) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar, cast
 
 import anyio
 import httpx
@@ -13,6 +13,8 @@ from idempotent._options import Duration
 from idempotent.http._retry import SMALL, Policy, Reply, is_in_progress, retried
 
 __all__ = ["AsyncIdempotencyTransport", "IdempotencyTransport"]
+
+T = TypeVar("T")
 
 _LOST = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
 
@@ -34,6 +36,14 @@ def _keyed(policy: Policy, request: httpx.Request) -> bool:
     if policy.header not in request.headers:
         request.headers[policy.header] = policy.field_for(request.method, str(request.url))
     return _has_body_at_hand(request)
+
+
+def _sends(transport: T, method: str) -> T:
+    """The transport. Raises TypeError for what is none of this colour."""
+    if isinstance(transport, type) or not hasattr(transport, method):
+        example = "httpx.HTTPTransport()" if method == "handle_request" else "httpx.AsyncHTTPTransport()"
+        raise TypeError(f"transport must have {method}(), as {example} has, and is {transport!r}")
+    return transport
 
 
 def _is_small(response: httpx.Response) -> bool:
@@ -86,7 +96,7 @@ class IdempotencyTransport(httpx.BaseTransport):
         header: str = "Idempotency-Key",
         quoted: bool = True,
     ) -> None:
-        self._inner = httpx.HTTPTransport() if transport is None else transport
+        self._inner = httpx.HTTPTransport() if transport is None else _sends(transport, "handle_request")
         self._policy = Policy(
             retries=retries, backoff=backoff, max_pause=max_pause, methods=methods, header=header, quoted=quoted
         )
@@ -101,7 +111,8 @@ class IdempotencyTransport(httpx.BaseTransport):
             if not _is_small(response):
                 return _reply(response, None)
             try:
-                return _reply(response, b"".join(response.iter_raw()))
+                # Not by iter_raw, which refuses an answer that has been read already: a mock's is.
+                return _reply(response, b"".join(cast("httpx.SyncByteStream", response.stream)))
             finally:
                 response.close()
 
@@ -145,7 +156,7 @@ class AsyncIdempotencyTransport(httpx.AsyncBaseTransport):
         header: str = "Idempotency-Key",
         quoted: bool = True,
     ) -> None:
-        self._inner = httpx.AsyncHTTPTransport() if transport is None else transport
+        self._inner = httpx.AsyncHTTPTransport() if transport is None else _sends(transport, "handle_async_request")
         self._policy = Policy(
             retries=retries, backoff=backoff, max_pause=max_pause, methods=methods, header=header, quoted=quoted
         )
@@ -160,7 +171,8 @@ class AsyncIdempotencyTransport(httpx.AsyncBaseTransport):
             if not _is_small(response):
                 return _reply(response, None)
             try:
-                return _reply(response, b"".join([part async for part in response.aiter_raw()]))
+                stream = cast("httpx.AsyncByteStream", response.stream)
+                return _reply(response, b"".join([part async for part in stream]))
             finally:
                 await response.aclose()
 

@@ -32,7 +32,8 @@ _AGAIN = frozenset((425, 429, 500, 502, 503, 504))
 def idempotency_scope(key: str | None = None) -> Iterator[str]:
     """What is sent in here, however often, is one operation: requests of one method and URL bear the same key.
 
-    For retry loops outside the client. One scope, one operation: the same URL with another body is answered 422.
+    For retry loops outside the client. One scope, one operation: the same URL with another body is answered 422. Tasks
+    that are started in here are in the scope too, threads are not.
 
     Args:
         key: what names the operation, such as an order's id, so that another process can carry on with it; the keys

@@ -614,8 +614,8 @@ _PROBLEM_SCHEMA = {
 }
 
 
-def operation(*, header: str, required: bool) -> dict[str, Any]:
-    """The `parameters` and `responses` that the middleware adds to an OpenAPI operation."""
+def operation(*, header: str, required: bool, ttl: float, error_ttl: float) -> dict[str, Any]:
+    """The `parameters` and `responses` that the middleware adds to an OpenAPI operation; durations in seconds."""
     kinds: dict[int, list[str]] = {}
     for kind, (status, _, _) in _PROBLEMS.items():
         kinds.setdefault(status, []).append(kind)
@@ -625,7 +625,8 @@ def operation(*, header: str, required: bool) -> dict[str, Any]:
                 "name": header,
                 "in": "header",
                 "required": required,
-                "description": "A fresh key for each operation, kept through its retries: best a quoted UUID.",
+                "description": "A fresh key for each operation, kept through its retries: best a quoted UUID."
+                f" Its answer is kept for {ttl:.15g} seconds, a 4xx one for {error_ttl:.15g}.",
                 "schema": {"type": "string", "pattern": PATTERN},
             }
         ],
@@ -646,19 +647,24 @@ def describe(
     paths: Iterable[str] | None = None,
     required: bool = False,
     header: str = "Idempotency-Key",
+    ttl: Duration = 86_400,
+    error_ttl: Duration = 60,
 ) -> dict[str, Any]:
     """Add the header and the problem answers to the operations of an OpenAPI schema, which is changed and returned.
 
     The options are those of the middleware (`paths` as a list). What an operation says of the header already stays,
     and so do the other contents and descriptions of its answers.
     """
+    checked_name("header", header)
+    _flag("required", required)
+    kept_for, errors_for = seconds("ttl", ttl), seconds("error_ttl", error_ttl, zero=True)
     match = (lambda _: True) if paths is None else _matcher(paths)
     wanted = {method.lower() for method in _methods(methods)}
     for path, item in schema.get("paths", {}).items():
         for method, found in item.items():
             if method not in wanted or not match(path):
                 continue
-            extra = operation(header=checked_name("header", header), required=required)
+            extra = operation(header=header, required=required, ttl=kept_for, error_ttl=errors_for)
             parameters = found.setdefault("parameters", [])
             if not any(str(each.get("name", "")).lower() == header.lower() for each in parameters):
                 parameters.extend(extra["parameters"])

@@ -295,7 +295,9 @@ def route_class(**options: Unpack[Options]) -> "type[APIRoute]":
             methods = {method.upper() for method in kwargs.get("methods") or ("GET",)}
             if methods & rules.methods and not hasattr(endpoint, _CLAIMING):
                 endpoint = _claiming(endpoint)
-                extra = operation(header=rules.header, required=rules.required)
+                extra = operation(
+                    header=rules.header, required=rules.required, ttl=rules.ttl, error_ttl=rules.error_ttl
+                )
                 kwargs["openapi_extra"] = _merged(kwargs.get("openapi_extra") or {}, extra)
             super().__init__(path, endpoint, **kwargs)
 
