@@ -20,24 +20,22 @@ from test_within import WORKERS_PAY
 
 def main() -> None:
     setup = json.loads(sys.argv[1])
-    bank_of(setup)  # the forks are born with the driver imported
+    bank = Bank(setup["kind"], Colour(setup["colour"]), setup["url"], setup["name"])
+    pay = WORKERS_PAY(bank)
+    deposit(bank, pay, "the worker's own")  # the forks are born with all that is imported and compiled for it
     print("ready", flush=True)
     while line := sys.stdin.readline():
         account, step = line.split()
         child = os.fork()
         if child == 0:
-            work(setup, account, int(step))
+            die_at(bank, int(step))
+            deposit(bank, pay, account)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def bank_of(setup: dict[str, Any]) -> Bank:
-    return Bank(setup["kind"], Colour(setup["colour"]), setup["url"], setup["name"])
-
-
-def work(setup: dict[str, Any], account: str, step: int) -> None:
-    bank = bank_of(setup)
+def die_at(bank: Bank, step: int) -> None:
     left = step
 
     def reach(*_: Any) -> None:
@@ -47,8 +45,6 @@ def work(setup: dict[str, Any], account: str, step: int) -> None:
         left -= 1
 
     engine = bank.engine.sync_engine if bank.is_async else bank.engine
-    with engine.connect() if not bank.is_async else open(os.devnull):
-        pass  # what a new connection asks for itself is no step of ours
     sa.event.listen(engine, "before_cursor_execute", reach)
     sa.event.listen(engine, "after_cursor_execute", reach)
     commit = engine.dialect.do_commit
@@ -59,7 +55,9 @@ def work(setup: dict[str, Any], account: str, step: int) -> None:
         reach()
 
     engine.dialect.do_commit = do_commit
-    pay = WORKERS_PAY(bank)
+
+
+def deposit(bank: Bank, pay: Any, account: str) -> None:
     if bank.is_async:
 
         async def main() -> None:

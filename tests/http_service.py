@@ -72,7 +72,11 @@ router = APIRouter(
     route_class=route_class(
         scope=account_of, backend=BACKEND, required=True, wait=30, lease=LEASE, docs_url="/docs#keys"
     ),
-    responses={401: {"description": "Not authenticated"}, 402: {"description": "Declined"}},
+    responses={
+        400: {"content": {"application/json": {}}},  # FastAPI's own, for a body that is no text
+        401: {"description": "Not authenticated"},
+        402: {"description": "Declined"},
+    },
 )
 
 

@@ -449,6 +449,7 @@ def test_a_worker_killed_at_any_statement_leaves_both_or_neither(bank: Bank) -> 
     assert worker.stdin is not None
     assert worker.stdout is not None
     fates: list[int] = []
+    pay = WORKERS_PAY(bank)
     try:
         assert worker.stdout.readline() == "ready\n"
         for step in range(200):
@@ -458,12 +459,12 @@ def test_a_worker_killed_at_any_statement_leaves_both_or_neither(bank: Bank) -> 
             status = int(worker.stdout.readline())
             effects = bank.entries(account)
             with bank.transaction() as transaction:
-                record = transaction.call(WORKERS_PAY(bank).peek, account, 5)
+                record = transaction.call(pay.peek, account, 5)
             assert effects == (0 if record is None else 1), f"step {step}: {effects} effects and {record}"
             assert record is None or record.state == "completed"
             fates.append(effects)
             # Whoever retries, the end is one effect.
-            assert bank.commit(WORKERS_PAY(bank), account, 5) == Receipt(account, Decimal(5))
+            assert bank.commit(pay, account, 5) == Receipt(account, Decimal(5))
             assert bank.entries(account) == 1
             if status == 0:
                 break
