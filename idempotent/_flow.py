@@ -113,7 +113,8 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         BackendUnavailable: the claim could not be confirmed; nothing ran.
     """
     plan = run.plan
-    _refuse_reentry(driver, run)
+    if _current.get() is not None:
+        _refuse_reentry(driver, run)
     until = None if plan.wait is None else driver.now() + plan.wait
     while True:
         flight = plan.flights.board(run, driver.now(), _trust(plan))

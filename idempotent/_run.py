@@ -482,7 +482,7 @@ class Flights:
                 return
             flight.settled, flight.stored, flight.error = settled, stored, error
             flight.landed = True
-            waiters, flight.waiters = flight.waiters, set()
+            waiters = tuple(flight.waiters)
         for waiter in waiters:
             waiter.wake()
 

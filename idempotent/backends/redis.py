@@ -38,7 +38,7 @@ import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Coroutine
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from random import random
 from typing import Any
@@ -106,6 +106,8 @@ _OPEN = (b"R", b"W", b"U")
 _digits = b"%d".__mod__
 """A whole number as it is sent. hiredis 3.5 would take the number itself, but crashes if a signal comes meanwhile."""
 _TOMBSTONE = _digits(TOMBSTONE)
+
+_FAILED = State.FAILED
 
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
@@ -267,16 +269,10 @@ class RedisBackend(Backend):
         over: int | None = None,
         owner: bytes = b"",
     ) -> Claim:
-        ask = (
-            attempt,
-            fingerprint,
-            _digits(micros(lease)),
-            b"" if keep is None else _digits(micros(keep)),
-            b"1" if takeover else b"0",
-            b"" if over is None else _digits(over),
-            owner,
-            self._turn if rid.text in self._places else b"",
-        )
+        ask: tuple[Any, ...] = (attempt, fingerprint, _terms(lease, keep, takeover))
+        turn = self._turn if rid.text in self._places else b""
+        if over is not None or owner or turn:
+            ask += (b"" if over is None else _digits(over), owner, turn)
         budget = min(self.timeout, lease)
         sent = time.monotonic()
         reply = await self._run(_CLAIM, rid, ask, budget)
@@ -286,15 +282,15 @@ class RedisBackend(Backend):
             self._places.pop(rid.text, None)
             return Granted(reply)
         kind = reply[0]
+        if kind == 3:
+            row = unpack(reply[2])
+            age = max(0, reply[1] - row.since) / 1e6
+            return Settled(row.state is _FAILED, row.token, age, row.codec, row.body)
         if kind == 1:
             self._places.pop(rid.text, None)
             return Granted(reply[1], bool(reply[2]))
         if kind == 2:
             return Busy(reply[1], reply[2] / 1e6)
-        if kind == 3:
-            row = unpack(reply[2])
-            age = max(0, reply[1] - row.since) / 1e6
-            return Settled(row.state is State.FAILED, row.token, age, row.codec, row.body)
         if kind == 4:
             return Unknown(reply[1], reply[2] / 1e6)
         if kind == 6:
@@ -498,6 +494,12 @@ class RedisBackend(Backend):
                     ) from error
             await self._link.sleep(pause * (0.5 + random() / 2))
             pause = min(0.25, pause * 2 or 0.005)
+
+
+@lru_cache(256)
+def _terms(lease: float, keep: float | None, takeover: bool) -> bytes:
+    """What each claim of one function says alike, as its script reads it."""
+    return b"%d,%b,%d" % (micros(lease), b"" if keep is None else _digits(micros(keep)), takeover)
 
 
 def _milliseconds(seconds: float) -> bytes:
