@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from benchmarks._work import TTL
 from idempotent import idempotent
 
-__all__ = ["OURS", "PACKAGES", "guards_of"]
+__all__ = ["OURS", "PACKAGES", "POLLING", "guards_of"]
 
 OURS = "idempotent"
 
@@ -219,6 +219,9 @@ _PEERS = (
     _Peer("aiocache stampede", "aiocache", "redis local", "async", _aiocache),
     _Peer("DBOS", "dbos", "postgresql sqlite", "sync", _dbos),
 )
+
+POLLING = ("idempotency", "dogpile.cache", "pyidempotent", "idemptx", "idempotency-kit", "cashews + lock", "DBOS")
+"""Whose waiters ask the store again and again."""
 
 PACKAGES = (
     *("redis", "hiredis", "cachetools", "sqlalchemy", "psycopg", "aiosqlite"),
