@@ -303,7 +303,7 @@ def costs(bench: Bench) -> Result:
         (timings,) = crew.run(time_events, [(seconds,)], seconds)
         found["events"] = summary(timings)
     say("costs: imports ...")
-    took = import_seconds(3 if bench.quick else 15)
+    took = import_seconds(1 if bench.quick else 15)
     bare = took.pop("bare Python")
     found["imports"] = {
         name: median((one - base) * 1000 for one, base in zip(own, bare, strict=True)) for name, own in took.items()

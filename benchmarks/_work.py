@@ -11,7 +11,7 @@ __all__ = ["AMOUNT", "BODY", "TTL", "Contender", "Slow", "charge", "charge_async
 AMOUNT = 1999
 TTL = 3600
 """Seconds for which an outcome is kept, for all of them."""
-_NOTE = "n" * 109
+_NOTE = "n" * 113
 BODY = b'{"order":"%s","amount":1999,"status":"charged","note":"%s"}' % (b"o" * 32, _NOTE.encode())
 """The result as JSON: what a floor stores. 200 bytes, with an order id of 32 characters."""
 

@@ -13,8 +13,8 @@ from typing import Any
 
 __all__ = ["LENGTH", "digest_of"]
 
-LENGTH = 6
-"""Bytes of a digest."""
+LENGTH = 2
+"""Bytes of a digest: one change of an annotation in 65,536 goes unnoticed. A third would cost a record of 200 bytes 64."""
 _BUILT_AS: dict[Any, str] = {
     **dict.fromkeys((list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable), "list"),
     **dict.fromkeys((set, abc.Set, abc.MutableSet), "set"),
@@ -28,11 +28,11 @@ _ABOUT_FIELDS = ("Required", "NotRequired", "ReadOnly", "Final")
 
 
 def digest_of(annotation: Any) -> bytes:
-    """Six hexadecimal digits for the shape of `annotation`, the same in every process.
+    """A few bytes for the shape of `annotation`, the same in every process.
 
     Raises NameError for a name in a class that is not defined yet.
     """
-    return hashlib.blake2b(_shape(annotation, {}).encode(), digest_size=LENGTH // 2).hexdigest().encode()
+    return hashlib.blake2b(_shape(annotation, {}).encode(), digest_size=LENGTH).digest()
 
 
 def _shape(annotation: Any, seen: dict[tuple[type, str], int]) -> str:
