@@ -87,8 +87,9 @@ class _Server:
         self._backend = backend
         self._send = send
         self._is_cluster = backend._servers.is_cluster
-        keys = (backend._key(RecordId("idempotent.doctor", f"probe {number}")) for number in range(1_000_000))
-        self._key = next(filter(holds, keys))
+        keys = (backend._key(RecordId("idempotent.doctor", f"probe {number}")) for number in range(100_000))
+        # None is only where the node has lost its slots meanwhile, and is told by what it answers.
+        self._key = next(filter(holds, keys), backend._key(RecordId("idempotent.doctor", "probe")))
         self._line = backend._key(RecordId("idempotent.doctor", "probe", LOCKS)) + ":line"
 
     async def _ask(self, *command: Any) -> Any:
