@@ -18,7 +18,7 @@ LAYERS = [
     ["events", "_signals", "_options"],
     ["otel", "prometheus"],
     ["backends", "backends.base", "backends._loops", "backends._watchdog"],
-    ["_near", "backends._listener"],
+    ["_near", "backends._coloured", "backends._listener"],
     ["backends._notify", "backends._redis_links"],
     ["backends._pubsub", "backends._redis_nodes"],
     ["backends._redis_sources"],

@@ -41,7 +41,7 @@ from collections.abc import AsyncIterator, Coroutine
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from random import random
-from typing import Any
+from typing import Any, ClassVar
 
 import redis
 import redis.asyncio
@@ -84,9 +84,10 @@ from idempotent._record import (
     describe,
     unpack,
 )
+from idempotent.backends._coloured import Coloured
 from idempotent.backends._redis_links import Link, Send, is_refused
 from idempotent.backends._redis_sources import servers_of
-from idempotent.backends.base import Backend, Copies, Heed, micros, poll
+from idempotent.backends.base import Copies, Heed, micros, poll
 from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["RedisBackend"]
@@ -159,7 +160,7 @@ class _Heeding:
             copies.clear()
 
 
-class RedisBackend(Backend):
+class RedisBackend(Coloured[Link]):
     """Records in Redis or Valkey.
 
     Args:
@@ -177,6 +178,7 @@ class RedisBackend(Backend):
     """
 
     name = "redis"
+    _takes: ClassVar[dict[str, str]] = {"sync": "a redis.Redis", "async": "a redis.asyncio.Redis"}
 
     def __init__(
         self,
@@ -199,37 +201,7 @@ class RedisBackend(Backend):
         self._id = os.urandom(6).hex()
         self._places: dict[str, tuple[str, int, float]] = {}
         """By lock: who stands in its line, in which place, and when it was last asked for (monotonic seconds)."""
-        self._links = self._servers.links
-        self._colour: str
-        self._link: Link
-        self._colour, self._link = next(iter(self._links.items()))
-        self._views: dict[str, RedisBackend] = {self._colour: self}
-
-    def blocking(self) -> Backend:
-        return self._view("sync")
-
-    def asynchronous(self) -> Backend:
-        return self._view("async")
-
-    def within(self, seconds: float) -> Backend:
-        if seconds >= self.timeout:
-            return self
-        view = copy.copy(self)  # the two share everything else
-        view.timeout = seconds
-        return view
-
-    def _view(self, colour: str) -> "RedisBackend":
-        view = self._views.get(colour)
-        if view is None:
-            if colour not in self._links:
-                raise BackendError(
-                    f"this RedisBackend was made from a client for {self._colour} code and cannot serve {colour} functions;"
-                    f" give it a {'redis.Redis' if colour == 'sync' else 'redis.asyncio.Redis'}, or a URL, which serves both"
-                )
-            view = copy.copy(self)  # the two share everything but the link
-            view._colour, view._link = colour, self._links[colour]
-            self._views[colour] = view
-        return view
+        self._connect(self._servers.links)
 
     @property
     def _forgotten(self) -> str:

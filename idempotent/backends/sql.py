@@ -8,13 +8,12 @@ Autocommit, so no command holds a transaction or a lock longer than its own stat
 """
 
 import asyncio
-import copy
 import os
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from random import random
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 try:
     import sqlalchemy as sa
@@ -29,10 +28,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from idempotent import _machine as machine
 from idempotent._options import split_url, timeout_of
 from idempotent._record import ATTEMPT_BYTES, Answer, Claim, Granted, Record, RecordId, Row, State, StateName, describe
+from idempotent.backends._coloured import Coloured
 from idempotent.backends._engines import AsyncLink, SyncLink, links_of
 from idempotent.backends._listener import Listener
 from idempotent.backends._statements import Statements, records_table
-from idempotent.backends.base import Backend, micros, poll
+from idempotent.backends.base import micros, poll
 from idempotent.errors import BackendError, BackendUnavailable
 
 __all__ = ["SQLBackend", "records_table"]
@@ -43,7 +43,7 @@ _BATCH = 1000
 """Rows that `purge` drops in one statement."""
 
 
-class SQLBackend(Backend):
+class SQLBackend(Coloured[SyncLink | AsyncLink]):
     """Records in a table of a SQL database.
 
     Args:
@@ -58,6 +58,8 @@ class SQLBackend(Backend):
     Raises:
         TypeError, ValueError: an argument, or an option in the URL, is wrong.
     """
+
+    _takes: ClassVar[dict[str, str]] = {"sync": "an Engine", "async": "an AsyncEngine"}
 
     def __init__(
         self,
@@ -84,35 +86,7 @@ class SQLBackend(Backend):
         self._listener = None
         if isinstance(listens, SyncLink) and listens.engine.dialect.driver == "psycopg":
             self._listener = Listener(partial(listens.subscriber, self.timeout))
-        self._links = links
-        self._colour, self._link = next(iter(links.items()))
-        self._views: dict[str, SQLBackend] = {self._colour: self}
-
-    def blocking(self) -> Backend:
-        return self._view("sync")
-
-    def asynchronous(self) -> Backend:
-        return self._view("async")
-
-    def within(self, seconds: float) -> Backend:
-        if seconds >= self.timeout:
-            return self
-        view = copy.copy(self)  # the two share everything else
-        view.timeout = seconds
-        return view
-
-    def _view(self, colour: str) -> "SQLBackend":
-        view = self._views.get(colour)
-        if view is None:
-            if colour not in self._links:
-                raise BackendError(
-                    f"this SQLBackend was made from an engine for {self._colour} code and cannot serve {colour} functions;"
-                    f" give it an {'Engine' if colour == 'sync' else 'AsyncEngine'}, or a URL, which serves both"
-                )
-            view = copy.copy(self)  # the two share everything but the link
-            view._colour, view._link = colour, self._links[colour]
-            self._views[colour] = view
-        return view
+        self._connect(links)
 
     async def claim(
         self,
