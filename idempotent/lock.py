@@ -348,7 +348,7 @@ def _timeout(plan: Plan, rid: RecordId) -> LockTimeout:
     return LockTimeout(f"the lock {rid.digest} was not free within {plan.wait:g} s; raise wait=, or try again later")
 
 
-def _take(plan: Plan, rid: RecordId, wait: float | None, entered: "_Entered[Hold] | None" = None) -> Hold | None:
+def _take(plan: Plan, rid: RecordId, wait: float | None, keep: Callable[[Hold], None] | None = None) -> Hold | None:
     held = Held(SYNC, plan, rid, Asker(is_async=False))
     hold = Hold(held)
     held.user = weakref.ref(hold)
@@ -357,8 +357,8 @@ def _take(plan: Plan, rid: RecordId, wait: float | None, entered: "_Entered[Hold
     try:
         if not drive(flow.acquire(SYNC, held, wait)):
             return None
-        if entered is not None:  # before a signal handler's exception can keep it from whoever asked
-            entered.add(hold)
+        if keep is not None:  # before a signal handler's exception can keep it from whoever asked
+            keep(hold)
         return hold
     except BaseException as error:
         finish(functools.partial(flow.withdraw, SYNC, held, error))
@@ -432,6 +432,59 @@ class _Entered(Generic[H]):
         if len(holds) > 1:
             holds = self.mine(is_async=is_async)[-1:] or [hold for hold in holds if not hold._held.over] or holds
         return holds[0]
+
+
+class _Exit:
+    """What one `with` statement holds on to until its block has ended, in whatever way: it has the block's hold.
+
+    A signal handler's exception may come before the first instruction of any `__exit__`. Then this is gone, and with it
+    the hold, so that its lease is not renewed any more.
+    """
+
+    __slots__ = ("__weakref__", "hold", "lock")
+
+    def __init__(self, lock: "Lock") -> None:
+        self.lock = lock
+        self.hold: Hold | None = None
+        """None: whoever entered did not look this up before, and the lock knows its holds."""
+
+    def __call__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entered = self.lock._entered
+        try:
+            hold = self.hold = self.hold or entered.ending(is_async=False)
+            ending = hold._end(error)
+            entered.discard(hold)
+            ending.tell()
+        except Exception:
+            raise
+        except BaseException:  # a signal handler's: this is not called again
+            self.lock._give_up(entered.mine(is_async=False) if self.hold is None else [self.hold])
+            raise
+
+
+class _Exits:
+    """`Lock.__exit__`: a `with` statement looks it up once, before it enters, and gets an _Exit of its own."""
+
+    def __get__(self, lock: "Lock | None", kind: "type[Lock] | None" = None) -> Any:
+        if lock is None:  # contextlib.ExitStack asks so, when it has entered
+            return _exit
+        found = _Exit(lock)
+        _here.exit = weakref.ref(found)
+        return found
+
+
+def _exit(lock: "Lock", *raised: Any) -> None:
+    _Exit(lock)(*raised)
+
+
+_here = threading.local()
+"""`exit`: the _Exit that this thread looked up last, weakly."""
+
+
+def _nothing() -> None:
+    return None
 
 
 class Lock:
@@ -515,34 +568,39 @@ class Lock:
 
     def __enter__(self) -> Hold:
         plan = self._options.plan()
+        found: _Exit | None = getattr(_here, "exit", _nothing)()
+        leaving = found if found is not None and found.lock is self and found.hold is None else None
+
+        def keep(hold: Hold) -> None:
+            if leaving is not None:
+                leaving.hold = hold
+            else:
+                self._entered.add(hold)
+            kept.append(hold)
+
+        kept: list[Hold] = []
         try:
-            hold = _take(plan, self._rid, plan.wait, self._entered)
+            hold = _take(plan, self._rid, plan.wait, keep)
             if hold is None:
                 raise _timeout(plan, self._rid)
             return hold
         except Exception:
             raise
         except BaseException:  # a signal handler's: there will be no __exit__
-            self._leave()
+            self._give_up(kept)
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            hold = self._entered.ending(is_async=False)
-            ending = hold._end(error)
-            self._entered.discard(hold)
-            ending.tell()
-        except Exception:
-            raise
-        except BaseException:  # a signal handler's: __exit__ is not called again
-            self._leave()
-            raise
+    if TYPE_CHECKING:
 
-    def _leave(self) -> None:
-        """Free what this thread has entered."""
-        for hold in self._entered.mine(is_async=False):
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        ) -> None: ...
+
+    else:
+        __exit__ = _Exits()
+
+    def _give_up(self, holds: list[Hold]) -> None:
+        for hold in holds:
             finish(functools.partial(flow.release, SYNC, hold._held))
             self._entered.discard(hold)
 
