@@ -156,13 +156,16 @@ def exactly(one: Any, other: Any) -> bool:
     if kind is float:
         return repr(one) == repr(other)
     if kind in (list, tuple):
-        return len(one) == len(other) and all(map(exactly, one, other))
+        kinds = list(map(type, one))
+        if kinds != list(map(type, other)):
+            return False
+        return bool(one == other) if _PLAIN.issuperset(kinds) else all(map(exactly, one, other))
     if kind is dict:
-        return exactly(list(one), list(other)) and exactly(list(one.values()), list(other.values()))
+        return exactly([*one, *one.values()], [*other, *other.values()])
     if kind in (set, frozenset):
-        kinds = set(map(type, one))
-        if len(kinds) == 1 and kinds <= _PLAIN:
-            return bool(one == other and kinds == set(map(type, other)))
+        alike = set(map(type, one))
+        if len(alike) == 1 and alike <= _PLAIN:
+            return bool(one == other and alike == set(map(type, other)))
         return exactly(sorted(one, key=_tell), sorted(other, key=_tell))
     if kind in (Decimal, datetime, time, complex):  # equal ones can differ: 1.0 and 1.00, one instant in two zones
         return repr(one) == repr(other)

@@ -395,7 +395,6 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
     """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over."""
     plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
     command = backend.fail if settled.failed else _completion(plan)
-    refused = settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it")
     recorded = settled
     gone = doubted = False
 
@@ -420,7 +419,7 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
                     return Answer.STALE
                 run.token, gone, doubted = reply.token, False, False
             # Once both were sent, either may have been applied, whatever reply was lost.
-            doubted |= what is refused
+            doubted |= what is not settled
             answer = await command(
                 rid, attempt=attempt, token=run.token or 0, codec=what.codec, body=what.body, ttl=ttl
             )
@@ -434,7 +433,7 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
         return answer
 
     def fallback() -> Awaitable[Answer]:
-        return step(refused)
+        return step(settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it"))
 
     mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
     stored = await _confirm(driver, run, step, fallback)
