@@ -33,6 +33,7 @@ from idempotent._run import Run
 from idempotent.errors import (
     BackendUnavailable,
     LeaseLost,
+    LockError,
     LockLost,
     NotHeld,
     OutcomeUnknown,
@@ -342,7 +343,7 @@ def _explained(end: End, *, lossless: bool, expiries: int) -> bool:
         return True  # of leases that were lost the tenth promise speaks
     if isinstance(error, OutcomeUnknown):
         return end.run is not None and not end.run.plan.takeover
-    if isinstance(error, LockLost):
+    if isinstance(error, LockLost) or type(error) is LockError:  # the second: its lease had ended before it was used
         return expiries > 0
     # What could not be recorded, as far as the caller can tell, is recorded as done at least.
     return isinstance(error, (BackendUnavailable, ResultUnavailable)) and not lossless
