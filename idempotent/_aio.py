@@ -12,6 +12,7 @@ from idempotent._drive import Beating, drive
 from idempotent._flow import renew
 from idempotent._run import Call, Run
 from idempotent._signals import TaskWaiter
+from idempotent.errors import CallError
 
 __all__ = ["ASYNC", "AsyncDriver", "finish"]
 
@@ -150,7 +151,13 @@ class CallDriver(AsyncDriver[Run]):
             def wait(flow: Coroutine[Any, Any, R]) -> R:
                 if beats is None:  # nothing is recorded, and nothing sent
                     return drive(flow)
-                return asyncio.run_coroutine_threadsafe(flow, beats._loop).result()
+                try:
+                    return asyncio.run_coroutine_threadsafe(flow, beats._loop).result()
+                except RuntimeError as error:
+                    if not beats._loop.is_closed():
+                        raise
+                    flow.close()
+                    raise CallError(f"the step {step.name!r} comes too late: the loop of its call is closed") from error
 
             try:
                 replay = wait(steps.begin(self, step))
@@ -159,7 +166,8 @@ class CallDriver(AsyncDriver[Run]):
                 with step:
                     value = steps.awaited_nowhere(step, function(*args, **kwargs))
             except BaseException as error:
-                wait(finish(functools.partial(steps.drop, self, step, error)))
+                with contextlib.suppress(CallError):
+                    wait(finish(functools.partial(steps.drop, self, step, error)))
                 raise
             return wait(finish(functools.partial(steps.settle, self, step, value)))
 

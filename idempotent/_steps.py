@@ -128,11 +128,11 @@ class Step:
         run = call._run
         if not isinstance(name, str) or not name:
             raise TypeError(f"a step's name must be text, and not empty; not {name!r}")
-        _in_time(call, name)
         if run.valid_until == math.inf:
             raise CallError(
                 "a record within a transaction has no steps: they would be rolled back with it, when they are needed"
             )
+        _in_time(call, name)
         if run.token is None and not run.unprotected:
             raise CallError(f"a probe has no steps ({name!r}): it looks, and runs nothing")
         around = _inside.get()
@@ -190,7 +190,9 @@ class Step:
 
 
 def _in_time(call: Call, name: str) -> None:
-    if call._over:
+    run = call._run
+    # A request's call goes on behind its answer, in background tasks, when its claim has ended.
+    if call._over or (run.token is not None and run.beating is None):
         raise CallError(f"the step {name!r} comes too late: the call it belongs to has ended")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from idempotent import LocalBackend, current_call
+from idempotent import CallError, LocalBackend, current_call
 from idempotent.http import GLOBAL, asgi, describe
 from idempotent.http.asgi import IdempotencyMiddleware, route_class
 
@@ -450,6 +450,33 @@ def test_a_background_task_that_fails_leaves_the_recorded_answer() -> None:
             assert client.body == b"1"
 
     asyncio.run(main())
+
+
+def test_a_step_in_a_background_task_comes_too_late_for_its_call(tmp_path: Path) -> None:
+    """The answer is recorded: no run of this key would ever ask for the step again."""
+    done: list[str] = []
+    told: list[str] = []
+
+    async def mail() -> None:
+        done.append("mail")
+
+    async def after() -> None:
+        call = current_call()
+        assert call is not None
+        with pytest.raises(CallError, match="too late"):
+            await call.step("mail", mail)
+        with pytest.raises(CallError, match="too late"):
+            await asyncio.to_thread(call.step, "mail", done.append, "mail")
+        told.append(call.downstream_key("mail"))
+
+    async def main() -> None:
+        client = Client()
+        await served(App(after=after), backend=f"sqlite:///{tmp_path}/records.db")(
+            scope_of(), client.receive, client.send
+        )
+
+    asyncio.run(main())
+    assert (done, len(told)) == ([], 1)
 
 
 def streaming(parts: Callable[[], Any]) -> Any:

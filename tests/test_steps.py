@@ -1025,6 +1025,41 @@ def test_sync_code_in_a_thread_of_an_async_call_has_sync_steps(backend_url: str,
     assert done == ["charge", "ship", "mail", "mail"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_step_of_a_thread_whose_loop_is_closed_meanwhile_says_so_and_hides_no_error(
+    fails: bool, gate: Gate
+) -> None:
+    told: list[Exception] = []
+
+    def charge() -> None:
+        gate.pass_through()
+        if fails:
+            raise ConnectionError
+
+    def go(call: Any) -> None:
+        try:
+            call.step("charge", charge)
+        except Exception as error:
+            told.append(error)
+
+    @idempotent(namespace=f"closed {fails}", backend="local://")
+    async def work() -> None:
+        threads.append(threading.Thread(target=go, args=(current_call(),)))
+        threads[0].start()
+        while not gate.entered.is_set():
+            await asyncio.sleep(0)
+        raise CrashError
+
+    threads: list[threading.Thread] = []
+    with pytest.raises(CrashError):
+        asyncio.run(work())
+    gate.opened.set()
+    threads[0].join(30)
+    (error,) = told
+    assert isinstance(error, ConnectionError if fails else CallError)
+    assert fails or "the loop of its call is closed" in str(error)
+
+
 def test_the_step_of_a_thread_without_a_backend_runs_where_that_was_asked_for() -> None:
     backend = Faulty(open_backend("local://"))
     backend.plant("claim", "before", times=10_000)
