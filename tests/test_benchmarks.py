@@ -82,6 +82,17 @@ def test_wrong_storms_show_in_table_and_targets() -> None:
     assert [target.met for target in _sections.storms_targets(found)] == [False]
 
 
+def test_the_last_answer_is_compared_with_peers_that_are_right_and_with_those_that_poll() -> None:
+    def storm(name: str, last_ms: float, *, runs: int = 1) -> tuple[str, Any]:
+        one = {"runs": runs, "answers": 200, "errors": {}, "last_ms": last_ms, "commands": 30}
+        return name, _sections._storm_summary([one])
+
+    peers = dict([storm("idempotent", 9.0), storm("aiocache stampede", 1.0, runs=200), storm("cashews + lock", 6.0)])
+    peers |= dict([storm("one that listens", 5.0)])
+    found = {"redis, async, 8 x 25": {"missing": {}, "peers": peers}}
+    assert [(one.measured, one.met) for one in _sections.storms_targets(found)][2:] == [(1.8, True), (1.5, False)]
+
+
 @pytest.mark.parametrize("store", ["local", "sqlite", "redis", "postgresql"])
 def test_calls_are_measured_in_rounds_of_everybody_beside_the_floor(
     store: str, tmp_path: Path, request: pytest.FixtureRequest
