@@ -57,7 +57,7 @@ from idempotent import (
 )
 from idempotent._drive import drive
 from idempotent._record import LOCKS, RecordId
-from idempotent.backends import base
+from idempotent.backends import _engines, base
 from idempotent.events import Event
 
 # ------------------------------------------------------------------------------------------------- both colours as one
@@ -1784,6 +1784,26 @@ def test_ctrl_c_at_any_instruction_leaves_no_lock(shared: bool) -> None:
         assert start(everywhere).result(110) > 100
     # Before the first instruction of what ends the block nothing can be done but to let the lease end.
     assert len(left) == 1
+
+
+@pytest.mark.parametrize("backend_url", ["sqlite"], indirect=True)
+def test_ctrl_c_at_any_instruction_of_a_command_takes_no_connection_away(backend_url: str) -> None:
+    lock, link = Lock("l", backend=backend_url), open_backend(backend_url).blocking()._link  # type: ignore[attr-defined]
+    assert not lock.locked()
+
+    def everywhere() -> int:
+        step = 1
+        while interrupted(step, ask):
+            step += 1
+        return step
+
+    def ask() -> None:
+        lock.locked()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that were never awaited
+        assert start(everywhere).result(110) > 20
+    assert link._free.qsize() == _engines._CONNECTIONS
 
 
 def test_a_lock_is_left_in_whatever_way_it_was_entered() -> None:

@@ -221,7 +221,7 @@ class SyncLink:
         self._free = _permits()
         self._idle: list[Connection] = []
         """Connections of an engine of ours that nobody uses; to take one costs less than the pool does."""
-        self._held = 0
+        self._held: list[None] = []
         self._here = _Here()
         self._is_sqlite = engine.dialect.name == "sqlite"
         if not self._is_sqlite:
@@ -240,8 +240,9 @@ class SyncLink:
         if self._timeout is None:
             with self._connecting(deadline), self._checkout(self.engine.connect) as connection:
                 return _guarded(connection, work, deadline, None)
-        self._await_permit(deadline)
+        permit: list[None] = []
         try:
+            self._await_permit(permit, deadline)
             try:
                 connection = self._idle.pop()
             except IndexError:
@@ -257,17 +258,21 @@ class SyncLink:
             self._idle.append(connection)
             return result
         finally:
-            self._give_permit()
+            if permit:
+                self._free.put(None)  # first of all, and here: a signal handler's exception is not to come before it
+            self._end_if_closed()
 
-    def _await_permit(self, deadline: float) -> None:
-        """Use one of the connections of an engine of ours. Raises TimeoutError."""
+    def _await_permit(self, permits: list[None], deadline: float) -> None:
+        """Add one to `permits`, to use one of the connections of an engine of ours. Raises TimeoutError.
+
+        In one step of the interpreter, as a signal handler's exception between two would lose it for good.
+        """
         try:
-            self._free.get(timeout=max(0.0, deadline - time.monotonic()))
+            permits.extend(map(self._free.get, (True,), (max(0.0, deadline - time.monotonic()),)))
         except queue.Empty:
             raise TimeoutError("the deadline passed before a connection was free") from None
 
-    def _give_permit(self) -> None:
-        self._free.put(None)
+    def _end_if_closed(self) -> None:
         if self._closed:  # whoever closes it waits for no command, and may be followed by some
             self._close_idle()
             self.engine.pool.dispose()
@@ -322,17 +327,19 @@ class SyncLink:
     def subscriber(self, timeout: float) -> PostgresSubscriber:
         """A connection of its own, to hear notifications on; its commands take up to `timeout` seconds each."""
         deadline = time.monotonic() + timeout
-        if self._timeout is not None:
-            self._await_permit(deadline)
+        permit: list[None] = []
         try:
+            if self._timeout is not None:
+                self._await_permit(permit, deadline)
             self._close_idle()  # the pool has no more than there are permits
             with self._connecting(deadline):
                 pooled = self._checkout(self.engine.raw_connection)
             connection = pooled.driver_connection
             pooled.detach()
         finally:
-            if self._timeout is not None:
-                self._give_permit()
+            if permit:
+                self._free.put(None)
+            self._end_if_closed()
         return PostgresSubscriber(connection, timeout)
 
     def close(self) -> None:
@@ -348,18 +355,16 @@ class SyncLink:
             return
         until = time.monotonic() + self._timeout
         with contextlib.suppress(TimeoutError):
-            while self._held < _CONNECTIONS:
-                self._await_permit(until)
-                self._held += 1
+            while len(self._held) < _CONNECTIONS:
+                self._await_permit(self._held, until)
         self._close_idle()
-        self._guard.open |= self._held < _CONNECTIONS
+        self._guard.open |= len(self._held) < _CONNECTIONS
         self.engine.dispose()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
         while self._held:
-            self._held -= 1
-            self._free.put(None)
+            self._free.put(self._held.pop())
 
     def after_fork_in_child(self) -> None:
         """Forget every connection without closing it: they are the parent process's."""
@@ -367,7 +372,7 @@ class SyncLink:
         self._idle = []
         self.engine.dispose(close=False)
         self._free = _permits()
-        self._held = 0
+        self._held = []
 
 
 def _close(connection: Any) -> None:
