@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from colours import COLOURS, Colour
+from locks import Kind
 from probes import Counter, Gate
 from servers import Address, Server, shared, start_mariadb, start_postgres, start_redis
 
@@ -30,6 +31,15 @@ def pytest_collection_finish() -> None:
 def colour(request: pytest.FixtureRequest) -> Colour:
     """One test per colour: of sync callers and of async ones."""
     return request.param
+
+
+@pytest.fixture(params=["sync", "async"])
+def kind(request: pytest.FixtureRequest, _fresh: contextlib.ExitStack) -> Iterator[Kind]:
+    """One test of locks per colour."""
+    kind = Kind(request.param)
+    yield kind
+    for loop in kind.loops:
+        loop.close()
 
 
 @pytest.fixture
