@@ -53,7 +53,9 @@ def redis_server(url: str | None = None) -> Iterator[Server]:
 
 @contextmanager
 def postgres_server(url: str | None = None) -> Iterator[Server]:
-    """The database at `url`; None: a new server with its defaults (it syncs each commit), which is gone afterwards.
+    """The database at `url`; None: a new server, which is gone afterwards.
+
+    It has its defaults (it syncs each commit), but for room for the connections of eight processes of every library.
 
     Raises:
         RuntimeError: there is no binary, or it does not answer.
@@ -83,7 +85,7 @@ def postgres_server(url: str | None = None) -> Iterator[Server]:
             cwd=directory,
             **account,
         )
-        command = [binary, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", directory]
+        command = [binary, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", directory, "-N", "500"]
         address = f"postgresql://postgres@127.0.0.1:{port}/postgres"
         with _running(command, address, _ping_postgres, end=signal.SIGINT, cwd=directory, **account) as server:
             yield server

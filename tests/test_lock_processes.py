@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -176,14 +177,18 @@ def _storm(hire: Callable[..., Worker], lock: Any, path: Path, seconds: float, l
         assert worker.process.poll() is None
         worker.end()
     _assert_counted(path)
-    assert longest < lease + 2.5  # a killed holder's lease, and a killed waiter's wake-up
+    assert longest < lease + 10  # a killed holder's lease, a killed waiter's wake-up, and a slow machine
     hold = lock.acquire(wait=lease + 20)
     assert hold is not None
     assert hold.token > int(path.read_text().split()[-1])
     hold.release()
 
 
-@pytest.mark.parametrize("shared_backend_url", ["redis"], indirect=True)
+@pytest.mark.parametrize(
+    "shared_backend_url",
+    ["redis", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("sqlite", "postgres", "mariadb"))],
+    indirect=True,
+)
 def test_interrupted_stopped_and_killed_holders_and_waiters_leave_no_lock_behind(
     hire: Callable[..., Worker], kind: Kind, shared_backend_url: str, tmp_path: Path
 ) -> None:
@@ -365,16 +370,24 @@ def _assert_holds_leave_nothing(kind: Kind, backend_url: str, times: int) -> Non
     gc.collect()
     files = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
 
-    def cycle() -> None:
-        for number in range(times):
-            lock.acquire().release()
+    def cycle() -> list[int]:
+        tokens = []
+        for _ in range(times):
+            hold = lock.acquire()
+            tokens.append(hold.token)
+            hold.release()
+        return tokens
 
-    async def cycle_async() -> None:
-        for number in range(times):
+    async def cycle_async() -> list[int]:
+        tokens = []
+        for _ in range(times):
             hold = await lock._inner.acquire()
+            tokens.append(hold.token)
             await hold.release()
+        return tokens
 
-    cycle() if kind.name == "sync" else kind.loops[0].run(cycle_async())
+    tokens = cycle() if kind.name == "sync" else kind.loops[0].run(cycle_async())
+    assert all(later > earlier for earlier, later in itertools.pairwise(tokens))
     eventually(lambda: not any(thread.name == "idempotent-heartbeat" for thread in threading.enumerate()))
     if kind.name == "async":
 
