@@ -257,19 +257,24 @@ class SyncLink:
         _links.add(self)
 
     async def send(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
-        connection = whole = self._take(deadline) if self._owned else self._take_given(deadline)
+        permit: list[None] = []
+        connection = whole = None
         try:
+            connection = whole = self._take(permit, deadline) if self._owned else self._take_given(deadline)
             reply = self._exchange(connection, command, deadline)
             return [reply, *(self._exchange(connection, each, deadline) for each in more)] if more else reply
         except ResponseError:
             raise
         except BaseException:
             whole = None
-            connection.disconnect()  # a reply that comes late must not answer the next command
-            self._disconnect_idle()
+            if connection is not None:
+                connection.disconnect()  # a reply that comes late must not answer the next command
+                self._disconnect_idle()
             raise
         finally:
-            self._put(whole) if self._owned else self._pool.release(connection)
+            if permit:
+                self._free.put(None)  # first of all, and here: a signal handler's exception is not to come before it
+            self._put(whole) if self._owned else self._give_back(connection)
 
     @staticmethod
     def _exchange(connection: Any, command: tuple[Any, ...], deadline: float) -> Any:
@@ -280,16 +285,14 @@ class SyncLink:
                 raise RedisTimeoutError("no reply in time")
         return connection.read_response(disable_decoding=True)
 
-    def _take(self, deadline: float) -> Any:
+    def _take(self, permits: list[None], deadline: float) -> Any:
+        """A connection of ours, with one more of `permits`. Raises RedisTimeoutError if none is free in time."""
         try:
-            self._free.get(timeout=max(0.0, deadline - time.monotonic()))
+            # In one step of the interpreter: a signal handler's exception between two would lose the permit for good.
+            permits.extend(map(self._free.get, (True,), (max(0.0, deadline - time.monotonic()),)))
         except Empty:
             raise RedisTimeoutError("no connection became free in time") from None
-        try:
-            return self._idle.take() or within(deadline, self._connect, _disconnect)
-        except BaseException:
-            self._free.put(None)
-            raise
+        return self._idle.take() or within(deadline, self._connect, _disconnect)
 
     def _connect(self) -> Any:
         connection = self._idle.make()
@@ -303,9 +306,12 @@ class SyncLink:
     def _put(self, connection: Any | None) -> None:
         if connection is not None:
             self._idle.put(connection)
-        self._free.put(None)
         if self._idle.closed:
             self._disconnect_idle()
+
+    def _give_back(self, connection: Any | None) -> None:
+        if connection is not None:
+            self._pool.release(connection)
 
     def _disconnect_idle(self) -> None:
         for connection in self._idle.drain():
