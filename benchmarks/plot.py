@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["drawn"]
 
-_WIDTH, _PANEL, _LABEL, _ROW = 920, 450, 170, 15
+_WIDTH, _PANEL, _LABEL, _WORDS, _ROW = 1060, 520, 170, 200, 15
 _INK, _QUIET, _OURS, _FIRST, _REPLAY, _WRONG = "#222", "#888", "#0b5", "#8ab", "#357", "#c33"
 
 Bar = tuple[str, float, str, str]
@@ -29,7 +29,7 @@ def drawn(found: dict[str, Any]) -> str:
     """The SVG of a run."""
     panels = [*_call_panels(found["sections"].get("calls", {})), *_storm_panels(found["sections"].get("storms", {}))]
     parts: list[str] = []
-    tops = [50, 50]
+    tops = [62, 62]
     for title, bars in panels:
         column = tops.index(min(tops))
         left, top = 10 + column * (_PANEL + 10), tops[column]
@@ -84,7 +84,7 @@ def _panel(title: str, bars: Sequence[Bar], left: int, top: int) -> str:
     parts = [_text(left, top, title, _INK, size=11, bold=True)]
     values = [math.log10(max(value, 1e-3)) for _, value, _, _ in bars] or [0.0]
     low, high = min(*values, 0.0) - 0.1, max(*values, 0.3)
-    room = _PANEL - _LABEL - 110
+    room = _PANEL - _LABEL - _WORDS
     for number, ((label, _, colour, words), value) in enumerate(zip(bars, values, strict=False), 1):
         y = top + number * _ROW
         width = max(1.0, (value - low) / (high - low) * room)

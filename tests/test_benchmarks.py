@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -135,3 +136,12 @@ def test_a_run_writes_json_prints_tables_and_can_be_drawn(
 
 def test_a_server_of_somebody_else_is_not_pinned() -> None:
     Server("redis://elsewhere", None).pin({0})
+
+
+def test_readme_tells_of_the_targets_that_the_drawn_run_missed() -> None:
+    folder = Path(program.__file__).parent
+    found = json.loads((folder / "results.json").read_text())
+    assert (folder / "results.svg").read_text() == plot.drawn(found)
+    missed = [f"{target['measured']:.2f}" for target in found["targets"] if not target["met"]]
+    told = (folder.parent / "README.md").read_text().partition("(benchmarks/results.svg)")[2].partition("\n## ")[0]
+    assert missed == re.findall(r"\d\.\d\d", told)
