@@ -3,7 +3,7 @@
 import asyncio
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.template import engines
+from django.template.response import ContentNotRenderedError, SimpleTemplateResponse
 from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 from django.utils.decorators import async_only_middleware, sync_only_middleware
@@ -291,6 +292,27 @@ def test_an_interrupted_view_frees_the_key(is_async: bool) -> None:
             raise Interrupt
         return HttpResponse("done")
 
+    call = through(ran, is_async=is_async)
+    with pytest.raises(Interrupt):
+        call()
+    assert call().content == b"done"
+    assert call()["Idempotency-Replayed"] == "true"
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_answer_that_cannot_be_read_frees_the_key(is_async: bool) -> None:
+    """As one that middleware further in makes of a template, which nobody renders there."""
+    answers = [SimpleTemplateResponse(engines["django"].from_string("x")), HttpResponse("done")]
+    call = through(lambda: answers.pop(0), is_async=is_async)
+    with pytest.raises(ContentNotRenderedError):
+        call()
+    assert call().content == b"done"
+
+
+def through(ran: Callable[[], HttpResponse], *, is_async: bool) -> Callable[[], Any]:
+    """A request through a middleware of that colour, to what answers once the key is claimed."""
+
     async def main(request: HttpRequest) -> Any:
         async def get_response(request: HttpRequest) -> Any:
             return await middleware.process_view(request, pay) or ran()
@@ -298,20 +320,14 @@ def test_an_interrupted_view_frees_the_key(is_async: bool) -> None:
         middleware = IdempotencyMiddleware(get_response)
         return await middleware(request)
 
-    def call(request: HttpRequest) -> Any:
+    def call() -> Any:
+        request = RequestFactory(headers=KEY).post("/pay")
         if is_async:
             return asyncio.run(main(request))
         middleware = IdempotencyMiddleware(lambda request: middleware.process_view(request, pay) or ran())
         return middleware(request)
 
-    def request() -> HttpRequest:
-        return RequestFactory(headers=KEY).post("/pay")
-
-    with pytest.raises(Interrupt):
-        call(request())
-    assert call(request()).content == b"done"
-    assert call(request())["Idempotency-Replayed"] == "true"
-    assert len(runs) == 2
+    return call
 
 
 def test_a_template_is_rendered_before_it_is_kept() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import idempotent.http.wsgi as wsgi
 from idempotent import LocalBackend, current_call
 from idempotent._drive import drive
 from idempotent.http import GLOBAL
@@ -359,6 +360,29 @@ def test_an_error_of_the_application_passes_through_and_frees_the_key(when: str)
     assert log.count("closed") == (0 if when == "call" else 2)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_headers_that_cannot_be_sent_free_the_key(streams: bool) -> None:
+    """That they are not latin-1 shows in the middleware; that they hold a line break, in strict servers."""
+    log: list[str] = []
+
+    def app(environ: Any, start_response: Any) -> Iterable[bytes]:
+        log.append("run")
+        start_response("200 OK", [("X-Note", "a\nb")] if streams else [("X-Note", "5 \u20ac"), ("Content-Length", "0")])
+        return Parts(iter([b"one", b"two"] if streams else []), log)
+
+    class Strict(Call):
+        def _start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            if any("\n" in value for _, value in headers):
+                raise ValueError("a line break")
+            return super()._start(status, headers, exc_info)
+
+    middleware = served(app)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a line break" if streams else "latin-1"):
+            Strict(middleware)
+    assert log == ["run", "closed"] * 2
+
+
 class Interrupt(BaseException):
     """What a signal handler raises: gunicorn's time-out, Ctrl-C."""
 
@@ -399,6 +423,19 @@ def test_an_interruption_leaves_no_lease_behind_and_loses_no_outcome(where: str)
     assert again.status[:3] == "200"
     assert (again.get("idempotency-replayed") == "true") is where.endswith("the outcome")
     assert len(runs) == (2 if where == "application" else 1)
+
+
+def test_an_interruption_between_the_claim_and_the_application_frees_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App()
+    middleware = served(app)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(wsgi._Taken, "__init__", interrupted)
+        Call(middleware)
+    assert Call(middleware).finish() == b"1"
+
+
+def interrupted(*_: Any) -> None:
+    raise Interrupt
 
 
 def test_two_middlewares_are_as_one() -> None:

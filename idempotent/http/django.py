@@ -99,36 +99,38 @@ class IdempotencyMiddleware:
             return _tasks.uninterrupted(self._aanswer(request))
         state = self._prepared(request)
         try:
-            response = self.get_response(request)
+            try:
+                response = self.get_response(request)
+            finally:
+                _over(state)
+            exchange = _open(state)
+            if exchange is None:
+                return response
+            found, whole = self._found(response)
+            return _given(response, wsgi.settle(exchange, found, whole=whole))
         except BaseException as error:
             exchange = _open(state)
             if exchange is not None:
                 wsgi.failed(exchange, error)
             raise
-        finally:
-            _over(state)
-        exchange = _open(state)
-        if exchange is None:
-            return response
-        found, whole = self._found(response)
-        return _given(response, wsgi.settle(exchange, found, whole=whole))
 
     async def _aanswer(self, request: HttpRequest) -> Any:
         state = self._prepared(request)
         try:
-            response = await self.get_response(request)
+            try:
+                response = await self.get_response(request)
+            finally:
+                _over(state)
+            exchange = _open(state)
+            if exchange is None:
+                return response
+            found, whole = self._found(response)
+            return _given(response, await _tasks.settle(exchange, found, whole=whole))
         except BaseException as error:
             exchange = _open(state)
             if exchange is not None:
                 await _tasks.failed(exchange, error)
             raise
-        finally:
-            _over(state)
-        exchange = _open(state)
-        if exchange is None:
-            return response
-        found, whole = self._found(response)
-        return _given(response, await _tasks.settle(exchange, found, whole=whole))
 
     def _may_serve(self, request: HttpRequest) -> bool:
         rules = self._service.rules

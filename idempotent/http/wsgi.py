@@ -58,10 +58,15 @@ class IdempotencyMiddleware:
         environ["CONTENT_LENGTH"] = str(len(body))
         environ.pop("HTTP_TRANSFER_ENCODING", None)
         exchange = Exchange(self._service, request, key, body)
-        answer = begin(exchange)
-        if answer is not None:
-            return _answer(start_response, answer)
-        return _Taken(exchange, start_response).run(self.app, environ)
+        try:
+            answer = begin(exchange)
+            if answer is None:
+                return _Taken(exchange, start_response).run(self.app, environ)
+        except BaseException as error:
+            if exchange.open:
+                failed(exchange, error)
+            raise
+        return _answer(start_response, answer)
 
 
 def begin(exchange: Exchange) -> Response | None:
@@ -171,17 +176,19 @@ class _Taken:
                 self._close = getattr(found, "close", None)
                 rest = self._collect(found)
             self._check()
-        except BaseException as error:
+            return self._whole() if rest is None else self._stream(rest)
+        except BaseException as error:  # of the application, or of the server that refuses its headers
             running.end(raised=True)
-            failed(self._exchange, error)
+            if self._exchange.open:
+                failed(self._exchange, error)
             if self._close is not None:
                 self._close()
             raise
         finally:
             environ.pop(_SEEN, None)  # whoever is further out may send the request once more, to be served again
-        if rest is not None:
-            return self._stream(rest)
-        running.end(raised=False)
+
+    def _whole(self) -> Iterable[bytes]:
+        self._running.end(raised=False)
         response = self._response()
         verdict = settle(self._exchange, response)
         if verdict.instead is not None:
