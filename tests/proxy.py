@@ -35,6 +35,7 @@ class Proxy:
         self._target = (host, port)
         self._cut: tuple[Direction, int] | None = None
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._mute: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
 
     def __enter__(self) -> Self:
         ready: Future[int] = Future()
@@ -66,6 +67,10 @@ class Proxy:
             self._cut, self.fired = (direction, after), False
 
         self._do(arm)
+
+    def mute(self) -> None:
+        """Swallow what the server says on present connections from now on; they stay open, and new ones are forwarded."""
+        self._do(lambda: self._mute.update(self._pairs))
 
     def retarget(self, port: int) -> None:
         """Send new connections to another port of the same host; present ones are reset."""
@@ -115,6 +120,7 @@ class Proxy:
             _reset(*pair)
         finally:
             self._pairs.discard(pair)
+            self._mute.discard(pair)
             for end in pair:
                 end.close()
 
@@ -128,6 +134,8 @@ class Proxy:
         writer.transport.set_write_buffer_limits(0)  # So that drain() waits until all is with the system.
         while data := await reader.read(65536):
             await self._flow.wait()
+            if direction == "down" and pair in self._mute:
+                continue
             last = False
             if self._cut and self._cut[0] == direction:
                 left = self._cut[1]

@@ -339,6 +339,18 @@ def test_a_frozen_server_is_given_up_by_the_own_deadline_and_nothing_ran(
     assert colour.call(charge) == 1
 
 
+def test_a_reply_that_never_comes_is_asked_for_again_while_there_is_time(
+    own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
+) -> None:
+    with Proxy("127.0.0.1", own_redis.port) as proxy:
+        url = f"redis://127.0.0.1:{proxy.port}"
+        with Commands(opened(url, prefix=prefix, timeout=1), colour) as commands:
+            rid = RecordId("n", "k")
+            assert commands.read(rid) is None
+            proxy.mute()  # the claim arrives, and is applied
+            assert isinstance(claim(commands, rid), Granted)
+
+
 def test_a_claim_on_a_frozen_server_does_not_outlast_its_lease(
     own_redis: Server, prefix: str, colour: Colour, opened: Callable[..., RedisBackend]
 ) -> None:

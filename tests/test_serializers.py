@@ -194,6 +194,24 @@ class Money:
     currency: str = "EUR"
 
 
+class Cents(msgspec.Struct):
+    cents: int = 0
+
+
+class CentsRenamed(msgspec.Struct, rename="pascal"):
+    cents: int = 0
+
+
+class NetGross(msgspec.Struct, array_like=True):
+    net: int
+    gross: int
+
+
+class GrossNet(msgspec.Struct, array_like=True):
+    gross: int
+    net: int
+
+
 @dataclass
 class Retold:
     total: Decimal = Decimal(0)
@@ -1032,6 +1050,8 @@ DEPLOYMENTS: list[tuple[Any, Any, Any]] = [
     ("2026-01-01", str, date),
     ({"last4": "4242"}, dict[str, str], Card),
     ((1, [2]), tuple[Any, Any], list[Any]),
+    (Cents(500), Cents, CentsRenamed),
+    (NetGross(1, 2), NetGross, GrossNet),
 ]
 
 
@@ -1063,6 +1083,7 @@ def test_a_record_of_another_annotation_replays_as_the_run_answered_or_not_at_al
         (Money, Money | None),
         (Colours, Enum("Colours", {"RED": "red", "BLUE": "blue", "GREEN": "green"})),
         (Money, dataclasses.make_dataclass("Amount", [("currency", str), ("amount", Decimal)])),
+        (Tree | dict[str, Money] | list[Money], list[Money] | Tree | dict[str, Money]),
     ],
     ids=called,
 )

@@ -363,8 +363,9 @@ class AsyncLink:
 
     waiter = TaskWaiter
 
-    def __init__(self, make: Callable[[], Any], *, owned: bool) -> None:
+    def __init__(self, make: Callable[[], Any], *, owned: bool, timeout: float) -> None:
         """`make` makes the pool: once for each loop one that connections are made after, or the client's own."""
+        self._patience = timeout / 2  # two tries fit into the deadline, so that one lost reply is asked for again
         self._given = None if owned else make()
         self._named = () if owned else _named(self._given)
         self._loops: PerLoop[tuple[_Idle, asyncio.Semaphore]] = PerLoop(
@@ -374,10 +375,12 @@ class AsyncLink:
             _given_pools.add(self._given)
 
     async def send(self, command: tuple[Any, ...], deadline: float, *more: tuple[Any, ...]) -> Any:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            if self._given is not None:
+        left = max(0.0, deadline - time.monotonic())
+        if self._given is not None:
+            async with asyncio.timeout(min(left, self._patience)):
                 return await self._send_given(self._given, command, more)
-            idle, free = await self._loops.get()
+        idle, free = await self._loops.get()
+        async with asyncio.timeout(left if free.locked() else min(left, self._patience)):
             async with free:
                 connection = idle.take() or idle.make()
                 try:

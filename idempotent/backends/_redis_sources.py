@@ -97,7 +97,7 @@ class _Nodes(Servers):
                     node_pool(settings, address, is_tls=is_tls, timeout=timeout), owned=True
                 )
             return lambda address: AsyncLink(
-                partial(node_pool, settings, address, is_tls=is_tls, timeout=None), owned=True
+                partial(node_pool, settings, address, is_tls=is_tls, timeout=None), owned=True, timeout=timeout
             )
 
         self.links = {
@@ -144,7 +144,7 @@ def servers_of(server: Any, timeout: float) -> Servers:
         pool = sync_pool(server, timeout)
         links: dict[str, Link] = {
             "sync": SyncLink(pool, owned=True),
-            "async": AsyncLink(partial(async_pool, server), owned=True),
+            "async": AsyncLink(partial(async_pool, server), owned=True, timeout=timeout),
         }
         return Servers(links, pool, timeout)
     if isinstance(server, (redis.cluster.RedisCluster, redis.asyncio.cluster.RedisCluster)):
@@ -154,7 +154,7 @@ def servers_of(server: Any, timeout: float) -> Servers:
         if isinstance(pool, (redis.sentinel.SentinelConnectionPool, redis.asyncio.sentinel.SentinelConnectionPool)):
             return _by_sentinel_pool(pool, timeout)
         if isinstance(server, redis.asyncio.Redis):
-            return Servers({"async": AsyncLink(lambda: pool, owned=False)}, pool, timeout)
+            return Servers({"async": AsyncLink(lambda: pool, owned=False, timeout=timeout)}, pool, timeout)
         return Servers({"sync": SyncLink(pool, owned=False)}, pool, timeout)
     raise TypeError(
         f"RedisBackend takes a URL, a redis.Redis or a redis.asyncio.Redis, or their RedisCluster, not {server!r}"
