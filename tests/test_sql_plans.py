@@ -15,6 +15,7 @@ from test_sql import A, Commands, engine_of, joined, on_each_database, on_each_s
 from idempotent import SQLBackend
 from idempotent._drive import drive
 from idempotent._record import RecordId
+from idempotent.backends import sql
 
 assert opened  # a fixture
 
@@ -136,6 +137,28 @@ def test_a_large_purge_is_many_short_statements(backend_url: str, opened: Callab
         assert drive(blocking.purge(100_000)) == 2_300
     assert [rows for statement, _, rows in sent if "DELETE" in statement] == [1000, 1000, 300]
     assert drive(blocking.purge(100_000)) == 0
+
+
+@on_each_database
+def test_a_purge_goes_on_where_a_row_that_it_found_was_claimed_meanwhile(
+    backend_url: str, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql, "_BATCH", 10)
+    blocking = opened(backend_url).blocking()
+    drive(blocking.read(RecordId("n", "k")))
+    fill(backend_url, 30, over=25)
+    table, claimed = table_of(backend_url), []
+
+    def claim(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        if "DELETE" in statement and not claimed:
+            claimed.append(True)
+            with engine_of(backend_url) as other, other.begin() as transaction:
+                oldest = transaction.scalar(sa.select(table.c.id).order_by(table.c.expires).limit(1))
+                later = table.update().where(table.c.id == oldest).values(expires=table.c.expires + 10**12)
+                transaction.execute(later)
+
+    event.listen(blocking._link.engine, "before_cursor_execute", claim)
+    assert drive(blocking.purge()) == 24
 
 
 @on_each_server

@@ -246,7 +246,7 @@ class SQLBackend(Coloured[SyncLink | AsyncLink]):
             batch = min(_BATCH, limit - dropped)
             found = await self._run(partial(self._statements.purge, limit=batch), self.timeout)
             dropped += found
-            if found < batch:
+            if not found:  # fewer than asked for is no end: a row that is claimed meanwhile stays
                 break
         return dropped
 
