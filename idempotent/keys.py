@@ -331,7 +331,9 @@ class _Template:
             try:
                 value = get(values)
             except (AttributeError, LookupError, TypeError) as error:
-                raise KeyRequired(f"the key template's field {{{field}}} is not there: {error}") from None
+                # The class alone: the text may be of the user's own code, and quote what the call was given.
+                reason = type(error).__name__
+                raise KeyRequired(f"the key template's field {{{field}}} is not there: {reason}") from None
             part = value if type(value) is str else _render(value, field)
             if self._needs_escape(part):
                 part = "".join("\\" + letter if letter in self._special else letter for letter in part)

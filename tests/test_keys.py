@@ -421,6 +421,19 @@ def test_a_template_whose_field_is_not_there_asks_for_a_key(template: str) -> No
         key_of(binder(one, key=template), Order("o1"))
 
 
+def test_a_template_whose_field_cannot_be_had_quotes_nothing_of_the_call() -> None:
+    class Card:
+        def __init__(self, number: str) -> None:
+            self.number = number
+
+        def __getitem__(self, name: str) -> str:
+            raise KeyError(self.number)
+
+    with pytest.raises(KeyRequired, match="KeyError") as caught:
+        key_of(binder(one, key="{a[holder]}", fingerprint=False), Card("4111"))
+    assert "4111" not in str(caught.value)
+
+
 def test_a_template_reads_extra_arguments_by_the_name_of_their_parameter() -> None:
     def function(*args: Any, **kwargs: Any) -> None: ...
 
