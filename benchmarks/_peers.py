@@ -2,11 +2,11 @@
 
 A guard takes the store's URL and a function `charge(order_id, amount)`, and gives it back guarded. Those that take a key
 get the order's id; those that make it of all the arguments get both. All keep the outcome for an hour, and where a
-duplicate may wait it waits. Their clients have room for a thousand connections: with redis-py's default of a hundred most
-of them fail among 200 duplicates, and one runs a hundred times. What is not installed is left out, and said.
+duplicate may wait it waits. The Redis clients that we make for them have room for a thousand connections: with redis-py's
+default of a hundred most of them fail among 200 duplicates, and one runs a hundred times. cashews, whose pool of ten has
+callers wait for a connection, and DBOS make their own, as they are by default. What is not installed is left out, and said.
 """
 
-import asyncio
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -182,18 +182,6 @@ def _dbos(url: str, function: Function) -> Function:
 
     config: Any = {"name": "benchmark", "system_database_url": url, "log_level": "CRITICAL", "run_admin_server": False}
     DBOS(config=config)
-    if asyncio.iscoroutinefunction(function):
-
-        @DBOS.workflow()
-        async def awaited(order_id: str, amount: int) -> Any:
-            return await function(order_id, amount)
-
-        async def guarded(order_id: str, amount: int) -> Any:
-            with SetWorkflowID(order_id):
-                return await awaited(order_id, amount)
-
-        DBOS.launch()
-        return guarded
 
     @DBOS.workflow()
     def blocking(order_id: str, amount: int) -> Any:

@@ -58,7 +58,7 @@ def _call_panels(calls: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
         for name in sorted(kinds["replay"], key=lambda name: kinds["replay"][name]["ratio"][1]):
             for kind, colour in (("first", _FIRST), ("replay", _REPLAY)):
                 ratio = kinds[kind][name]["ratio"][1]
-                ours = name.startswith("idempotent") and name != "idempotency"
+                ours = name.startswith("idempotent")
                 bars.append((f"{name}, {kind}", ratio, _OURS if ours else colour, f"{ratio:.2f}"))
         panels.append((f"{title}: ratio to {one['floor']}", bars))
     return panels
