@@ -671,8 +671,10 @@ async def forget(run: Run, *, force: bool) -> bool:
     try:
         found = await backend.forget(run.rid, force=force)
     finally:
-        for near in list(run.plan.flights.nears):
-            near.clear()
+        for reference in run.plan.flights.nears.valuerefs():
+            near = reference()
+            if near is not None:
+                near.clear()
     if force:
         run.plan.flights.ground(run.rid)
     if found is not None and found.state == "running" and not force:

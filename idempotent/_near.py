@@ -5,7 +5,7 @@ A settled record does not change while it lives, so a copy of it answers as well
 - it is not kept past the record's own ttl, counted from before the backend was asked for what is left of it;
 - it answers calls with its own fingerprint alone;
 - `forget` must reach it. Where the backend tells of what is forgotten, a copy counts for as long as nothing can have
-  been missed; where it does not, or is not heard, for one second.
+  been missed; where it does not, or is not heard, for one second from before the backend was asked.
 
 What was asked of the backend before a forget and is answered after it is not kept: see `mark`.
 """
@@ -25,8 +25,8 @@ __all__ = ["Mark", "Near"]
 UNHEARD = 1_000_000
 """Microseconds for which a copy counts where nobody tells of what is forgotten."""
 
-Mark = tuple[int, int]
-"""What the copies' validity rests on at one moment."""
+Mark = tuple[int, int, int]
+"""What the copies' validity rests on at one moment, and that moment: microseconds of the monotonic clock."""
 
 
 def _micros() -> int:
@@ -44,13 +44,13 @@ class Near:
     __slots__ = ("__weakref__", "_drops", "_lock", "_rows", "_session")
 
     def __init__(self, maxsize: int, backend: Backend) -> None:
-        self._session = backend.heed(self) or (lambda: 0)
         self._drops = 0
         self._rows: TLRUCache[str, Row] = TLRUCache(
             maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=_micros
         )
         self._reset()
         _all.add(self)
+        self._session = backend.heed(self) or (lambda: 0)  # last: from here on another thread may call `clear`
 
     def _reset(self) -> None:
         self._lock = threading.RLock()  # a signal handler or the collector may call while this thread holds it
@@ -70,15 +70,15 @@ class Near:
 
     def mark(self) -> Mark:
         """To be taken before the backend is asked for what is then to be kept."""
-        return self._session(), self._drops
+        return self._session(), self._drops, _micros()
 
     def keep(self, mark: Mark, text: str, row: Row, until: float) -> None:
         """Keep a copy of `row` until `until` (monotonic seconds), unless something was forgotten since `mark`.
 
         The row's `since` is in microseconds of this process's monotonic clock.
         """
-        session, drops = mark
-        row = row._replace(lease=session, lease_until=_micros() + UNHEARD, expires=int(until * 1e6))
+        session, drops, asked = mark
+        row = row._replace(lease=session, lease_until=asked + UNHEARD, expires=int(until * 1e6))
         with self._lock:
             if drops == self._drops and until > monotonic():
                 self._rows[text] = row

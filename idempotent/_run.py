@@ -422,8 +422,8 @@ class Flights:
     __slots__ = ("__weakref__", "_by_key", "_lock", "nears")
 
     def __init__(self) -> None:
-        self.nears: weakref.WeakSet[Near] = weakref.WeakSet()
-        """The near-caches of the backend's functions."""
+        self.nears: weakref.WeakValueDictionary[int, Near] = weakref.WeakValueDictionary()
+        """The near-caches of the backend's functions, by id: a WeakSet cannot be gone through while a thread adds one."""
         self.reset()
         _all_flights.add(self)
 

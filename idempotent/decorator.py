@@ -142,9 +142,10 @@ def idempotent(
         on_outage: what happens when the claim cannot be confirmed. "raise": BackendUnavailable, and nothing ran;
             "run": the function runs unprotected, with a warning and an event.
         near_cache: how many settled records of this function each process keeps copies of, and answers from without asking
-            the backend. None is kept past its record's own ttl, nor across a `forget` in this process. On Redis a forget
-            in another process is heard within milliseconds, and within 20 seconds if the connection has died in
-            silence; elsewhere, and while the subscription is not heard, a copy counts for one second. The first replay
+            the backend. None is kept past its record's own ttl, nor across the `forget` of a function on the same backend
+            object. On Redis any other forget is heard within milliseconds, and within 20 seconds if the connection has
+            died in silence; elsewhere, and while the subscription is not heard, a copy counts for one second from when
+            the backend was asked. The first replay
             of a key in a process costs one more command, which asks how long its record is kept. Default 0: none. The
             local backend needs none.
         within: the name of the parameter that holds a SQLAlchemy Session, AsyncSession, Connection or AsyncConnection.
@@ -297,7 +298,7 @@ class _Spec:
                 if plan.find is None and size:
                     plan.near = Near(size, backend)
                     plan.find = plan.near.find
-                    flights.nears.add(plan.near)
+                    flights.nears[id(plan.near)] = plan.near
             made = self._made = (settings, plan)
         return made[1]
 

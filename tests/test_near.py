@@ -1,8 +1,10 @@
 """The near-cache: what it answers, what it never outlives, and how a forget reaches it."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,7 +14,13 @@ from probes import Counter
 from idempotent import FingerprintMismatch, LocalBackend, RedisBackend, SQLBackend, configure, idempotent
 from idempotent import _near as near
 from idempotent._record import Row, State
-from idempotent.backends.base import Backend
+from idempotent._run import flights_of
+from idempotent.backends.base import Backend, Copies
+
+
+class Silent(LocalBackend):
+    """A backend that tells nobody of a forget."""
+
 
 STORES = ["redis", "sqlite", "postgres"]
 
@@ -170,9 +178,6 @@ def test_where_nobody_tells_of_a_forget_a_copy_counts_for_a_second(
 
 
 def test_what_was_asked_before_a_forget_is_not_kept(effects: Counter) -> None:
-    class Silent(LocalBackend):
-        pass
-
     copies = near.Near(10, Silent())
     row = Row(State.COMPLETED, 1, b"", b"f", 0, codec="json1", body=b"1")
     mark = copies.mark()
@@ -182,6 +187,68 @@ def test_what_was_asked_before_a_forget_is_not_kept(effects: Counter) -> None:
     copies.keep(copies.mark(), "k", row, time.monotonic() + 60)
     assert copies.find("k", b"f") is not None
     assert copies.find("k", b"g") is None
+
+
+def test_where_nobody_tells_a_copy_counts_from_when_the_backend_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic_ns() // 1000
+    monkeypatch.setattr(near, "_micros", lambda: now)
+    copies = near.Near(10, Silent())
+    mark = copies.mark()
+    now += 900_000  # the reply takes its time
+    copies.keep(mark, "k", Row(State.COMPLETED, 1, b"", b"f", 0, codec="json1", body=b"1"), time.monotonic() + 60)
+    assert copies.find("k", b"f") is not None
+    now += 100_000
+    assert copies.find("k", b"f") is None
+
+
+def test_a_forget_is_heard_by_copies_in_the_making() -> None:
+    class Forgetting(Silent):
+        def heed(self, copies: Copies) -> None:
+            copies.clear()
+
+    near.Near(3, Forgetting())
+
+
+def while_others_are_added(body: Callable[[], object], add: Callable[[near.Near], None]) -> None:
+    """Run `body`, and `add` new copies at its every line, the interpreter's own in it too, as a thread may."""
+    backend, added = Silent(), []
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        added.append(near.Near(1, backend))
+        add(added[-1])
+        return trace
+
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        body()
+    finally:
+        sys.settrace(tracer)
+    assert added
+
+
+def test_a_forget_clears_the_copies_while_another_function_gets_some() -> None:
+    backend = Silent()
+
+    @idempotent(backend=backend, key="{order}", namespace="near", near_cache=10)
+    def charge(order: str) -> None:
+        return None
+
+    charge("o")
+    nears = flights_of(backend).nears
+    made = near.Near(10, backend)
+    nears[id(made)] = made
+    drops = made.mark()[1]
+    while_others_are_added(lambda: charge.forget("o"), lambda added: nears.update({id(added): added}))
+    assert made.mark()[1] == drops + 1
+
+
+def test_a_forget_that_is_heard_clears_the_copies_while_another_function_gets_some() -> None:
+    backend = RedisBackend("redis://localhost:1")
+    made = near.Near(10, backend)
+    drops = made._drops
+    while_others_are_added(backend._heeding.wake, backend.heed)
+    assert made._drops == drops + 1
 
 
 def test_the_local_backend_keeps_no_copies_of_what_is_at_hand(colour: Colour, effects: Counter) -> None:

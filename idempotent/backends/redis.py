@@ -152,12 +152,15 @@ class _Heeding:
     """Who is to know of each forget; it waits on a channel as one waiter."""
 
     def __init__(self) -> None:
-        self.copies: weakref.WeakSet[Copies] = weakref.WeakSet()
+        self.copies: weakref.WeakValueDictionary[int, Copies] = weakref.WeakValueDictionary()
+        """By id: a WeakSet cannot be gone through while a thread adds some."""
 
     def wake(self) -> None:
         """Something was forgotten, or may have been."""
-        for copies in list(self.copies):
-            copies.clear()
+        for reference in self.copies.valuerefs():
+            copies = reference()
+            if copies is not None:
+                copies.clear()
 
 
 class RedisBackend(Coloured[Link]):
@@ -212,7 +215,7 @@ class RedisBackend(Coloured[Link]):
         listener, channel = self._servers.one, self._forgotten
         if listener is None:
             return None
-        self._heeding.copies.add(copies)
+        self._heeding.copies[id(copies)] = copies
 
         def session() -> int:
             listener.watch(channel, self._heeding)
