@@ -1,5 +1,6 @@
 """Process-wide defaults, and the backends that URLs name."""
 
+import contextlib
 import os
 import re
 import threading
@@ -73,7 +74,7 @@ def configure(
     always wins. The options mean what they mean to `idempotent`.
 
     Args:
-        backend: a Backend or its URL; None: `IDEMPOTENT_URL` in the environment, else a process-local backend.
+        backend: a Backend or its URL, which is checked at once, but not connected to; None: `IDEMPOTENT_URL` in the environment, else a process-local backend.
         ttl: seconds or timedelta; how long an outcome is replayed.
         remember: seconds or timedelta past the ttl for which a key is remembered; None: not at all.
         lease: seconds or timedelta; how long a claim stands unrenewed.
@@ -145,7 +146,7 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
             " wrap a client or an engine: RedisBackend(client), SQLBackend(engine)"
         )
     if isinstance(backend, str):
-        check_url(backend)
+        _check_at_once(backend)
     on_crash = result.get("on_crash", "rerun")
     if on_crash not in ("rerun", "raise") and not callable(on_crash):
         raise ValueError(f'on_crash must be "rerun", "raise" or a callable probe, not {on_crash!r}')
@@ -210,6 +211,15 @@ def check_url(url: str) -> str:
             " / ? # @ [ ] are written %2F %3F %23 %40 %5B %5D"
         )
     return scheme
+
+
+def _check_at_once(url: str) -> None:
+    """Raise what is wrong with `url` where it is named. A plain one is known to be right without its library."""
+    scheme = check_url(url)
+    no_file = scheme == "sqlite" and url.rpartition("/")[2] in ("", ":memory:")
+    if no_file or "?" in url or "+" in url.partition("://")[0]:
+        with contextlib.suppress(ImportError):  # told at the first call, which needs it
+            open_backend(url)
 
 
 _backends: dict[str, Backend] = {}

@@ -365,6 +365,12 @@ def _completion(plan: Plan) -> Callable[..., Awaitable[Answer]]:
     return functools.partial(complete, remember=plan.remember) if plan.remember else complete
 
 
+Confirm = Callable[
+    [Driver, Run, Callable[[], Awaitable[Answer]], Callable[[], Awaitable[Answer]] | None], Awaitable[bool]
+]
+"""Sends the last step of a run, and where the backend refuses it another one; whether either was applied."""
+
+
 async def settle(driver: Driver, run: Run, value: Any, ttl: float | None = None) -> Replay:
     """Record the value that the function returned, and return what a replay of it would.
 
@@ -381,7 +387,7 @@ async def settle(driver: Driver, run: Run, value: Any, ttl: float | None = None)
         codec, body, result = _encode(run, value)
         settled, stored = Settled(False, 0, 0.0, codec, body), False
         if not run.unprotected:
-            settled, stored = await _record(driver, run, settled, plan.ttl if ttl is None else ttl)
+            settled, stored = await record(driver, run, settled, plan.ttl if ttl is None else ttl)
             run.report("completed" if stored else "not_stored")
         plan.flights.land(run, settled, stored=stored)
     finally:
@@ -391,8 +397,13 @@ async def settle(driver: Driver, run: Run, value: Any, ttl: float | None = None)
     return Replay(result, replayed=False, stored=stored, token=settled.token, age=0.0)
 
 
-async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tuple[Settled, bool]:
-    """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over."""
+async def record(
+    driver: Driver, run: Run, settled: Settled, ttl: float, confirm: Confirm | None = None
+) -> tuple[Settled, bool]:
+    """Record the outcome; what was recorded, and whether it was. Raises LeaseLost if another attempt took over.
+
+    `confirm`: how the command is sent; None: until the backend answers or the lease ends.
+    """
     plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
     command = backend.fail if settled.failed else _completion(plan)
     recorded = settled
@@ -436,7 +447,7 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float) -> tup
         return step(settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it"))
 
     mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
-    stored = await _confirm(driver, run, step, fallback)
+    stored = await (confirm or _confirm)(driver, run, step, fallback)
     recorded = recorded._replace(token=run.token or 0)
     if mark is not None and stored:
         _copy(run, recorded, mark, sent + ttl)
@@ -540,7 +551,7 @@ def replayable(plan: Plan, codec: str, *, failed: bool) -> bool:
 async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) -> None:
     plan = run.plan
     codec, body = encoded_error(error)
-    settled, stored = await _record(driver, run, Settled(True, 0, 0.0, codec, body), ttl)
+    settled, stored = await record(driver, run, Settled(True, 0, 0.0, codec, body), ttl)
     run.report("failed" if stored else "not_stored", error=error)
     plan.flights.land(run, settled, stored=stored)
 

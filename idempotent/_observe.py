@@ -4,10 +4,12 @@ The first call of a key claims it and records its outcome as usual, or nothing c
 all the same, and what enforcement would have done to them is an event and a count. So that a live system is left alone:
 
 - nothing is waited for, nothing is replayed, and no error is raised but the function's own;
-- a command takes one second at the most and is sent once; after one that failed, the backend is left alone for a while;
+- a command takes one second at the most and is sent once; after an outage the backend is left alone for a while, but
+  for taking back a claim that may have been applied: its lease would end, and it would pass for a runner that died;
 - the caller gets the very value that its function returned.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +17,7 @@ from idempotent import _flow as flow
 from idempotent import events
 from idempotent._record import Answer, Busy, Claim, Expired, Granted, Mismatched, Settled, Unknown
 from idempotent._run import MARGIN, Driver, Flights, Plan, Run
-from idempotent.errors import InProgress, ResultUnavailable
+from idempotent.errors import BackendError, BackendUnavailable, InProgress, LeaseLost, ResultUnavailable
 from idempotent.events import EventName, Observed
 from idempotent.serializers import encode_error
 
@@ -72,9 +74,25 @@ def unusable(plan: Plan, error: Exception) -> None:
 
 def _failed(watch: Watch, driver: Driver, error: Exception) -> None:
     plan = watch.run.plan
-    _rests[plan.flights] = driver.now() + _REST
-    would: Observed | None = None if watch.run.token is not None or plan.run_on_outage else "would_refuse"
+    if isinstance(error, BackendUnavailable) or not isinstance(error, BackendError):
+        _rests[plan.flights] = driver.now() + _REST  # what it merely refused says nothing of other calls
+    would = None if watch.run.token is not None else _without_claim(plan)
     _report(plan, "backend_error", would, digest=watch.run.rid.digest, error=error)
+
+
+def _without_claim(plan: Plan) -> Observed | None:
+    """What enforcement does to a call whose claim the backend does not confirm."""
+    return None if plan.run_on_outage else "would_refuse"
+
+
+async def _withdraw(driver: Driver, watch: Watch) -> None:
+    """Take back a claim without an answer: it may have been applied, or may be yet."""
+    run = watch.run
+    try:
+        await run.plan.backend.release(run.rid, attempt=run.attempt, token=None)
+        run.claiming = False
+    except Exception as failure:
+        _failed(watch, driver, failure)
 
 
 async def begin(driver: Driver, watch: Watch) -> None:
@@ -84,13 +102,14 @@ async def begin(driver: Driver, watch: Watch) -> None:
     if watch.over:
         return
     if driver.now() < _rests.get(plan.flights, 0.0):
-        _report(plan, "unprotected", digest=rid.digest)
+        _report(plan, "unprotected", _without_claim(plan), digest=rid.digest)
         return
     if flow.reentered(run) is not None:
         _report(plan, "busy", "would_refuse", digest=rid.digest, error=InProgress(rid.digest, retry_after=0.0))
         return
     sent = driver.now()
     run.claiming = True
+    run.answer_due = sent + 0.9 * min(plan.lease, plan.backend.timeout)
     try:
         reply = watch.reply = await plan.backend.claim(
             rid,
@@ -107,6 +126,8 @@ async def begin(driver: Driver, watch: Watch) -> None:
             driver.beat(run)
     except Exception as error:  # of a backend that breaks its contract, or for want of a thread, too
         _failed(watch, driver, error)
+        if run.claiming and driver.now() < run.answer_due:  # the backend answers at all
+            await _withdraw(driver, watch)
         return
     if isinstance(reply, Granted):
         run.report("taken_over" if reply.took_over else "claimed")
@@ -132,53 +153,81 @@ async def end(driver: Driver, watch: Watch, value: Any = None, error: BaseExcept
     if watch.over or run.inherited:
         return
     if isinstance(watch.reply, Granted):
-        await driver.still(run)
         try:
-            await _record(watch, value, error)
+            await _record(driver, watch, value, error)
         except Exception as failure:
             _failed(watch, driver, failure)
             _report(run.plan, "not_stored", digest=run.rid.digest, token=run.token, error=failure)
     elif isinstance(watch.reply, Settled):
         _compare(run, watch.reply, value, error)
-    elif run.claiming and error is not None and not isinstance(error, Exception):
-        try:  # interrupted before it was answered
-            await run.plan.backend.release(run.rid, attempt=run.attempt, token=None)
-        except Exception as failure:
-            _failed(watch, driver, failure)
+    elif run.claiming:
+        interrupted = error is not None and not isinstance(error, Exception)
+        if interrupted or not run.plan.takeover:  # elsewhere not worth a second more: the next call takes over
+            await _withdraw(driver, watch)
     watch.over = True
 
 
-async def _record(watch: Watch, value: Any, error: BaseException | None) -> None:
-    run = watch.run
-    plan, backend, token = run.plan, run.plan.backend, run.token or 0
-    own: dict[str, Any] = {"attempt": run.attempt, "token": token}
-    named: EventName
-    refused: Exception | None = None
+async def _once(
+    driver: Driver,
+    run: Run,
+    step: Callable[[], Awaitable[Answer]],
+    fallback: Callable[[], Awaitable[Answer]] | None,
+) -> bool:
+    """Send the last step of a run once, and `fallback` where the backend refuses it; whether either was applied."""
+    await driver.still(run)
+    try:
+        answer = await step()
+    except BackendUnavailable:
+        raise
+    except BackendError as error:
+        run.report("backend_error", error=error)
+        if fallback is None:
+            return False
+        answer = await fallback()
+    if answer is Answer.STALE:
+        run.lost = True
+        raise LeaseLost(run.rid.digest, token=run.token or 0)
+    return answer is Answer.DONE
+
+
+def _outcome(run: Run, value: Any, error: BaseException | None) -> tuple[Settled, float] | None:
+    """What is to be recorded of a run, and for how many seconds; None: nothing, its key is released."""
     if error is None:
         codec, body, _ = flow._encode(run, value)
-        answer = await flow._completion(plan)(run.rid, **own, codec=codec, body=body, ttl=plan.ttl)
-        named = "completed"
-        if codec == flow.UNAVAILABLE:
-            refused = ResultUnavailable(run.rid.digest, reason=body.decode())
-    elif not isinstance(error, Exception):
-        answer = await backend.release(run.rid, **own, unknown=not plan.takeover)
-        named = "released" if plan.takeover else "unknown"
-    elif (ttl := flow.ttl_of(plan, error)) is not None and run.raised:
-        codec, body = flow.encoded_error(error)
-        answer = await backend.fail(run.rid, **own, codec=codec, body=body, ttl=ttl)
-        named = "failed"
+        return Settled(False, 0, 0.0, codec, body), run.plan.ttl
+    ttl = flow.ttl_of(run.plan, error)
+    if ttl is None or not run.raised or not isinstance(error, Exception):
+        return None
+    return Settled(True, 0, 0.0, *flow.encoded_error(error)), ttl
+
+
+async def _record(driver: Driver, watch: Watch, value: Any, error: BaseException | None) -> None:
+    run = watch.run
+    plan, digest = run.plan, run.rid.digest
+    outcome = _outcome(run, value, error)
+    if outcome is None:
+        await driver.still(run)
+        unknown = not isinstance(error, Exception) and not plan.takeover
+        answer = await plan.backend.release(run.rid, attempt=run.attempt, token=run.token or 0, unknown=unknown)
+        # As where it is enforced: gone is what it was to be, and another's within the lease is this release, sent twice.
+        applied = answer is not Answer.STALE or driver.now() < run.valid_until
+        named: EventName = ("unknown" if unknown else "released") if applied else "lease_lost"
+        _report(plan, named, digest=digest, token=run.token, error=error)
+        return
+    try:
+        settled, watch.stored = await flow.record(driver, run, *outcome, _once)
+    except LeaseLost:
+        _report(plan, "lease_lost", "would_refuse", digest=digest, token=run.token)
+        return
+    if not watch.stored:
+        _report(plan, "not_stored", digest=digest, token=run.token)
+        return
+    named = "completed" if error is None else "failed"
+    if error is None and settled.codec == flow.UNAVAILABLE:
+        late = ResultUnavailable(digest, reason=settled.body.decode())
+        _report(plan, named, "would_refuse", digest=digest, token=run.token, error=late)
     else:
-        answer = await backend.release(run.rid, **own)
-        named = "released"
-    digest = run.rid.digest
-    if answer is Answer.DONE:
-        watch.stored = True
-        _report(plan, named, "would_refuse" if refused else None, digest=digest, token=token, error=refused or error)
-    elif answer is Answer.STALE and named in ("completed", "failed"):
-        run.lost = True
-        _report(plan, "lease_lost", "would_refuse", digest=digest, token=token)
-    else:
-        _report(plan, "not_stored", digest=digest, token=token)
+        _report(plan, named, digest=digest, token=run.token, error=error)
 
 
 def _compare(run: Run, found: Settled, value: Any, error: BaseException | None) -> None:

@@ -11,7 +11,8 @@ class PrometheusHook:
     """A hook for `configure(hooks=[...])` that counts every event in `idempotent_events_total`.
 
     The labels are `event`, `namespace` and `backend`. A key is never among them, nor its digest, nor an error. All events
-    of a function are there, at 0, from its first one on: `increase()` sees no change in a series that begins at 1.
+    of a function are there from its first one on, the others at 0. That first one may well be scraped as 1, and
+    `increase()` sees no change in a series that begins at 1: an alert has to ask for new series, too, as README's do.
     What is only observed (`configure(mode="observe")`) counts as `would_replay`, `would_wait` or `would_refuse`, and as
     `disagreed` where the replay would have been another.
 

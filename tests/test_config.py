@@ -28,6 +28,7 @@ from idempotent import (
     Event,
     InProgress,
     LocalBackend,
+    Lock,
     OutcomeUnknown,
     PickleSerializer,
     ProcessLocalWarning,
@@ -513,58 +514,65 @@ def test_options_in_a_url_are_taken(tmp_path: Path) -> None:
     assert held(local) == 2
 
 
-@pytest.mark.parametrize(
-    "url, said",
-    [
-        ("", "no backend serves"),
-        ("redis", "no backend serves"),
-        ("redis:/host", "no backend serves"),
-        ("://host", "no backend serves"),
-        ("http://host", "'http'.*there are local://, redis://"),
-        ("local://?maxsize=0", "maxsize"),
-        ("local://?maxsize=-1", "maxsize"),
-        ("local://?maxsize=1.5", "maxsize"),
-        ("local://?maxsize=", "maxsize"),
-        ("local://?prefix=x", "maxsize=.*prefix"),
-        ("redis://h/0?timeout=soon", "timeout= in the URL must be seconds, not 'soon'"),
-        ("redis://h/0?timeout=", "timeout"),
-        ("redis://h/0?timeout=0", "timeout must be more than 0"),
-        ("redis://h/0?timeout=-1", "timeout"),
-        ("redis://h/0?timeout=nan", "timeout"),
-        ("redis://h/0?timeout=inf", "timeout"),
-        ("redis://h/0?prefix=", "prefix"),
-        (f"redis://h/0?prefix={'x' * 201}", "prefix"),
-        ("redis://h/0?table=x", "table"),
-        ("sqlite:///x.db?timeout=soon", "timeout"),
-        ("sqlite:///x.db?table=", "ASCII letters"),
-        ("sqlite:///x.db?table=a-b", "ASCII letters"),
-        (f"sqlite:///x.db?table={'x' * 49}", "ASCII letters"),
-        ("sqlite:///x.db?table=a%22%3B--", "ASCII letters"),
-        ("sqlite://", "needs a file"),
-        ("sqlite:///:memory:", "needs a file"),
-        ("redis+ssh://h/0", "'redis.ssh'"),
-        ("unix+cluster://h/0", "'unix.cluster'"),
-        ("redis+cluster://h,h2:6379/1", "one database"),
-        ("redis+cluster://h,/0", "host or port"),
-        ("redis+cluster://h:0,h2", "host or port"),
-        ("redis+cluster://h:port", "host or port"),
-        ("redis+cluster://h?sentinel_password=x", "redis.sentinel"),
-        ("redis+cluster://h?replicas=-1", "replicas"),
-        ("redis+sentinel://h1,h2:26379", "SERVICE"),
-        ("redis+sentinel://h1,h2:26379/", "SERVICE"),
-        ("redis+sentinel:///main", "host or port"),
-        ("redis+sentinel://h/main/0?nonsense=1", "not known"),
-        ("redis://h/0?replicas=some", "replicas"),
-        ("redis://h:port/0", "a port is 1 to 65535"),
-        ("postgresql://h:port/db", "a port is 1 to 65535"),
-        ("mysql://h:65536/db", "a port is 1 to 65535"),
-        ("redis://h:0/0", "a port is 1 to 65535"),
-    ],
-)
+WRONG_URLS = [
+    ("", "no backend serves"),
+    ("redis", "no backend serves"),
+    ("redis:/host", "no backend serves"),
+    ("://host", "no backend serves"),
+    ("http://host", "'http'.*there are local://, redis://"),
+    ("local://?maxsize=0", "maxsize"),
+    ("local://?maxsize=-1", "maxsize"),
+    ("local://?maxsize=1.5", "maxsize"),
+    ("local://?maxsize=", "maxsize"),
+    ("local://?prefix=x", "maxsize=.*prefix"),
+    ("redis://h/0?timeout=soon", "timeout= in the URL must be seconds, not 'soon'"),
+    ("redis://h/0?timeout=", "timeout"),
+    ("redis://h/0?timeout=0", "timeout must be more than 0"),
+    ("redis://h/0?timeout=-1", "timeout"),
+    ("redis://h/0?timeout=nan", "timeout"),
+    ("redis://h/0?timeout=inf", "timeout"),
+    ("redis://h/0?prefix=", "prefix"),
+    (f"redis://h/0?prefix={'x' * 201}", "prefix"),
+    ("redis://h/0?table=x", "table"),
+    ("sqlite:///x.db?timeout=soon", "timeout"),
+    ("sqlite:///x.db?table=", "ASCII letters"),
+    ("sqlite:///x.db?table=a-b", "ASCII letters"),
+    (f"sqlite:///x.db?table={'x' * 49}", "ASCII letters"),
+    ("sqlite:///x.db?table=a%22%3B--", "ASCII letters"),
+    ("sqlite://", "needs a file"),
+    ("sqlite:///:memory:", "needs a file"),
+    ("redis+ssh://h/0", "'redis.ssh'"),
+    ("unix+cluster://h/0", "'unix.cluster'"),
+    ("redis+cluster://h,h2:6379/1", "one database"),
+    ("redis+cluster://h,/0", "host or port"),
+    ("redis+cluster://h:0,h2", "host or port"),
+    ("redis+cluster://h:port", "host or port"),
+    ("redis+cluster://h?sentinel_password=x", "redis.sentinel"),
+    ("redis+cluster://h?replicas=-1", "replicas"),
+    ("redis+sentinel://h1,h2:26379", "SERVICE"),
+    ("redis+sentinel://h1,h2:26379/", "SERVICE"),
+    ("redis+sentinel:///main", "host or port"),
+    ("redis+sentinel://h/main/0?nonsense=1", "not known"),
+    ("redis://h/0?replicas=some", "replicas"),
+    ("redis://h:port/0", "a port is 1 to 65535"),
+    ("postgresql://h:port/db", "a port is 1 to 65535"),
+    ("mysql://h:65536/db", "a port is 1 to 65535"),
+    ("redis://h:0/0", "a port is 1 to 65535"),
+]
+
+
+@pytest.mark.parametrize("url, said", WRONG_URLS)
 def test_a_wrong_url_is_refused_when_it_is_opened(url: str, said: str) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=said):
             open_backend(url)
+
+
+@pytest.mark.parametrize("url, said", WRONG_URLS)
+def test_a_wrong_url_is_refused_where_it_is_named(url: str, said: str) -> None:
+    for name in (lambda: decorated(backend=url), lambda: configure(backend=url), lambda: Lock("n", backend=url)):
+        with pytest.raises(ValueError, match=said):
+            name()
 
 
 @pytest.mark.parametrize("url", [None, 5, b"local://", Path("x")], ids=repr)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from idempotent import _HOME_OF
+
 PACKAGE = Path(__file__).parent.parent / "idempotent"
 
 LAYERS = [
@@ -70,20 +72,21 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules of the package that a file imports, wherever in the file."""
+def imports_of(source: str) -> set[str]:
+    """The modules of the package that a source imports, wherever in it; of what `__init__` offers, the home."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}, line {node.lineno}: a relative import, which this test cannot place"
+            assert node.level == 0, f"line {node.lineno}: a relative import, which this test cannot place"
             assert node.module is not None
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
         for name in names:
             inner = name.removeprefix("idempotent").removeprefix(".")
+            inner = _HOME_OF.get(inner, inner)
             if name.split(".")[0] == "idempotent" and inner in LEVEL:
                 found.add(inner)
     return found
@@ -101,8 +104,14 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
     name = name_of(path)
     if name == "__init__":
         return  # names only: what it offers, it imports late
-    wrong = {other for other in imports_of(path) - {name} if LEVEL[other] > LEVEL[name]}
+    wrong = {other for other in imports_of(path.read_text("utf-8")) - {name} if LEVEL[other] > LEVEL[name]}
     assert wrong == set()
+
+
+def test_a_name_that_the_package_offers_is_an_import_of_its_home() -> None:
+    assert imports_of("def late():\n    from idempotent import Lock, open_backend, _machine") == {
+        *("lock", "_config", "_machine")
+    }
 
 
 @pytest.mark.parametrize("heavy", ["redis", "sqlalchemy", "pydantic", "hypothesis", "zstandard", "cryptography"])

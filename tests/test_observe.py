@@ -15,6 +15,7 @@ from differential import Commands
 from probes import Counter, Gate
 
 from idempotent import (
+    BackendError,
     InProgress,
     LocalBackend,
     Lock,
@@ -183,8 +184,92 @@ def test_an_outage_changes_nothing_and_is_not_met_again_at_once(
     count = counting(colour, effects, faulty)
     faulty.refuse("claim")
     assert [colour.call(count, "o-1", 5) for _ in range(3)] == [1, 2, 3]
-    assert faulty.calls == ["claim"]
-    assert observed(seen) == [("backend_error", "would_refuse", None), *[("unprotected", None, None)] * 2]
+    assert faulty.calls == ["claim", "release"]  # it may have been applied
+    assert observed(seen) == [
+        ("backend_error", "would_refuse", None),
+        *[("unprotected", "would_refuse", None)] * 2,
+    ]
+
+
+def test_while_the_store_is_left_alone_the_log_has_no_error(
+    colour: Colour, effects: Counter, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(mode="observe")
+    faulty = FaultyBackend(LocalBackend())
+    count = counting(colour, effects, faulty)
+    faulty.refuse("claim")
+    for _ in range(2):
+        colour.call(count, "o-1", 5)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+@pytest.mark.parametrize("on_crash", ["rerun", "raise"])
+def test_a_claim_whose_reply_was_lost_leaves_nothing(
+    colour: Colour, effects: Counter, seen: list[Event], on_crash: str
+) -> None:
+    faulty = FaultyBackend(LocalBackend())
+    count = counting(colour, effects, faulty, on_crash=on_crash)
+    faulty.lose_reply("claim")
+    assert colour.call(count, "o-1", 5) == 1
+    assert colour.call(count.peek, "o-1", 5) is None  # or its lease would end, as if its runner had died
+    faulty.heal()
+    configure(mode="enforce")
+    assert colour.call(count, "o-1", 5) == 2
+
+
+def test_a_claim_that_could_not_be_taken_back_at_once_is_when_the_function_has_ended(
+    colour: Colour, effects: Counter, seen: list[Event]
+) -> None:
+    faulty = FaultyBackend(LocalBackend())
+    count = counting(colour, effects, faulty, on_crash="raise")
+    faulty.lose_reply("claim")
+    faulty.refuse("release")
+    assert colour.call(count, "o-1", 5) == 1
+    assert faulty.calls == ["claim", "release", "release"]
+    assert colour.call(count.peek, "o-1", 5) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_outcome_that_the_backend_refuses_is_recorded_as_done_and_the_backend_asked_on(
+    colour: Colour, seen: list[Event], fails: bool
+) -> None:
+    def work(order: str) -> str:
+        if fails:
+            raise DeclinedError
+        return "done"
+
+    faulty = FaultyBackend(LocalBackend())
+    function = colour.define(work, key="{order}", backend=faulty, error_ttl={DeclinedError: 60})
+    faulty.refuse("fail" if fails else "complete", error=BackendError("too large"))
+    for order in ("o-1", "o-2"):
+        if fails:
+            with pytest.raises(DeclinedError):
+                colour.call(function, order)
+        else:
+            assert colour.call(function, order) == "done"
+    last: Any = ("failed", None, None) if fails else ("completed", None, None)
+    first = last if fails else ("completed", "would_refuse", None)
+    assert observed(seen) == [
+        ("claimed", None, None),
+        ("backend_error", None, None),
+        first,
+        ("claimed", None, None),
+        last,
+    ]
+    assert colour.call(function.peek, "o-1").state == ("failed" if fails else "completed")
+
+
+def test_a_record_that_was_forgotten_meanwhile_is_made_anew(colour: Colour, seen: list[Event]) -> None:
+    store = LocalBackend()
+
+    def forgets() -> str:
+        with Commands(store, COLOURS[0]) as commands:
+            commands.forget(RecordId("n", "k"), force=True)
+        return "done"
+
+    function = colour.define(forgets, namespace="n", key="k", fingerprint=False, backend=store)
+    assert colour.call(function) == "done"
+    assert [event.name for event in seen] == ["claimed", "completed"]
 
 
 @pytest.mark.parametrize("command", ["claim", "complete"])
@@ -220,7 +305,7 @@ def test_a_process_that_can_start_no_thread_runs_its_calls(
     assert observed(seen) == [
         ("backend_error", None, None),
         ("completed", None, None),
-        ("unprotected", None, None),
+        ("unprotected", "would_refuse", None),
     ]
     assert (seen[0].error, count.peek("o-1", 5).state) == ("RuntimeError", "completed")
 

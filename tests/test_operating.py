@@ -35,15 +35,13 @@ shop.ask_provider = waits_for_ever
 shop.charge("o-17", 990)
 """
 RETRY = """
-import time
-import idempotent, shop
+import idempotent, prometheus_client, shop
 
-shop.charge("o-16", 500)
-while True:
-    try:
-        shop.charge("o-17", 990)
-    except idempotent.OutcomeUnknown:
-        break
+idempotent.configure(hooks=[idempotent.PrometheusHook()])
+try:  # the first call of a process that was started anew
+    shop.charge("o-17", 990)
+except idempotent.OutcomeUnknown:
+    print(prometheus_client.generate_latest().decode())
 """
 
 
@@ -88,7 +86,14 @@ def test_the_story_of_the_night_is_what_happens(tmp_path: Path) -> None:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "asked\n"
         worker.send_signal(signal.SIGKILL)
-    subprocess.run([sys.executable, "-c", short + RETRY], cwd=tmp_path, env=environment, check=True, timeout=60)
+    retry = [sys.executable, "-c", short + RETRY]
+    scraped = subprocess.run(
+        retry, cwd=tmp_path, env=environment, check=True, timeout=60, stdout=subprocess.PIPE, text=True
+    )
+    counted = series(scraped.stdout)
+    unknown, unprotected, _ = rules()
+    assert rings(unknown, [{}, counted, counted]) == {"shop.charge"}
+    assert rings(unprotected, [{}, counted, counted]) == set()
     told = spoken(STORY)
     assert [command.split()[1] for command, _ in told] == ["list", "show", "resolve", "resolve", "resolve", "-c"]
     for command, said in told:
@@ -122,6 +127,48 @@ def test_there_are_three_alerts_and_the_story_begins_with_one() -> None:
     assert f"alert `{names[0]}` rang" in SECTION
 
 
+SELECTOR = r"(\w+)\{event=~?\"([\w|]+)\"\}"
+NEW = rf"sum by \((\w+)\) \({SELECTOR} unless {SELECTOR} offset (\d+)m\) > 0"
+"""The series that were not there some minutes ago, added up."""
+
+Series = dict[tuple[str, str, str], float]
+"""Values by event, namespace and backend."""
+
+
+def series(exposition: str) -> Series:
+    """What the hook counts in a scraped page."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {
+        tuple(sample.labels[label] for label in ("event", "namespace", "backend")): sample.value
+        for metric in text_string_to_metric_families(exposition)
+        for sample in metric.samples
+        if sample.name == "idempotent_events_total"
+    }
+
+
+def rings(rule: dict[str, Any], scrapes: list[Series]) -> set[str]:
+    """The namespaces for which an alert rings, by scrapes of which the first is older than its minutes."""
+    grown, _, new = rule["expr"].partition(" or ")
+    events = set(re.findall(SELECTOR, grown)[0][1].split("|"))
+    found = set()
+    for place, value in scrapes[-1].items():
+        if place[0] in events:
+            values = [scrape[place] for scrape in scrapes[1:] if place in scrape]
+            increase = sum(max(0.0, after - before) for before, after in zip(values, values[1:], strict=False))
+            if increase > 0 or (re.fullmatch(NEW, new) and place not in scrapes[0] and value > 0):
+                found.add(place[1])
+    return found
+
+
+def test_an_alert_rings_for_a_series_that_grows_or_is_new_and_then_no_more() -> None:
+    unknown, unprotected, _ = rules()
+    for rule, event in ((unknown, "unknown"), (unprotected, "not_stored")):
+        zero, one = ({(event, "shop", "redis"): value} for value in (0.0, 1.0))
+        assert rings(rule, [zero, zero, one]) == rings(rule, [{}, one, one]) == {"shop"}
+        assert rings(rule, [{}, zero, zero]) == rings(rule, [one, one, one]) == set()
+
+
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
 def test_an_alert_asks_for_what_the_hook_counts(rule: dict[str, Any]) -> None:
     """Each selector finds series that PrometheusHook exports, and sums by a label that they have."""
@@ -132,11 +179,14 @@ def test_an_alert_asks_for_what_the_hook_counts(rule: dict[str, Any]) -> None:
     registry = CollectorRegistry()
     PrometheusHook(registry=registry)(Event("claimed", "n", "d", "local"))
     samples = [sample for metric in registry.collect() for sample in metric.samples]
-    found = re.fullmatch(
-        r"sum by \((\w+)\) \((?:increase|rate)\((\w+)\{event=~?\"([\w|]+)\"\}\[\d+m\]\)\) > [\d.]+", rule["expr"]
-    )
+    grown, _, new = rule["expr"].partition(" or ")
+    found = re.fullmatch(rf"sum by \((\w+)\) \((?:increase|rate)\({SELECTOR}\[(\d+)m\]\)\) > [\d.]+", grown)
     assert found is not None, rule["expr"]
-    by, name, events = found.groups()
+    by, name, events, minutes = found.groups()
+    if "increase" in grown:  # which sees no change in a series that is born at 1
+        beside = re.fullmatch(NEW, new)
+        assert beside is not None, rule["expr"]
+        assert beside.groups() == (by, name, events, name, events, minutes)
     for event in events.split("|"):
         assert event in get_args(EventName)
         series = [sample for sample in samples if sample.name == name and sample.labels["event"] == event]
