@@ -30,9 +30,12 @@ from idempotent import (
 from idempotent._drive import drive
 from idempotent._record import STEPS, Granted, RecordId
 from idempotent.backends import _statements
+from idempotent.cli import forget
 from idempotent.cli.console import plain, span
 from idempotent.cli.main import main
 from idempotent.cli.store import censored, shown
+from idempotent.http import GLOBAL
+from idempotent.http._rules import record_key
 
 ROOT = Path(__file__).parent.parent
 ATTEMPT = b"attemptA"
@@ -262,7 +265,44 @@ def test_a_runner_whose_lease_is_over_is_told_from_one_that_lives(
     assert "running, lease over for 10 min" in cli("list", sqlite_url).out
     shown = cli("show", sqlite_url, "o-1").out
     assert "Its runner died" in shown
-    assert f"idempotent resolve {digest('o-1')[:12]} --not-applied" in shown
+    assert f"idempotent resolve URL {digest('o-1')[:12]} --not-applied" in shown
+    assert "--function MODULE:NAME --result JSON" in shown
+
+
+@pytest.mark.parametrize("who", ["alice", "a:b", GLOBAL])
+def test_what_show_advises_for_a_request_is_what_can_be_done(who: Any, sqlite_url: str, cli: Cli) -> None:
+    key = record_key(who, "k-123")
+    die(sqlite_url, key, namespace="http")
+    named = digest(key, "http")[:12]  # "-:k-123" would be an option
+    shown = cli("show", sqlite_url, named).out
+    assert "--function" not in shown
+    assert "undo that first" in shown
+    assert cli("resolve", sqlite_url, named, "--not-applied", "--yes").code == 0
+
+
+@pytest.mark.parametrize("words", [["--payload", "o-1"], ["--namespace", "shop.charge", "o-1", "--json"]], ids=str)
+def test_options_may_stand_between_the_url_and_the_record(words: list[str], sqlite_url: str, cli: Cli) -> None:
+    shop(sqlite_url)("o-1")
+    done = cli("show", sqlite_url, *words)
+    assert (done.code, done.err) == (0, "")
+    assert digest("o-1") in done.out
+    assert cli("show", sqlite_url, "--paylod", "o-1").code == cli("show", sqlite_url, "--json", "o-1", "o-2").code == 2
+
+
+def test_a_record_that_a_scan_finds_twice_is_one(sqlite_url: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Redis' SCAN may while its table grows, or a slot moves."""
+    shop(sqlite_url)("o-1")
+    kind: Any = type(open_backend(sqlite_url))
+    scan = kind.scan
+
+    async def twice(self: Any, **options: Any) -> Any:
+        for _ in range(2):
+            async for record in scan(self, **options):
+                yield record
+
+    monkeypatch.setattr(kind, "scan", twice)
+    assert cli("show", sqlite_url, "o-1").code == 0
+    assert len(json.loads(cli("list", sqlite_url, "--json").out)) == 1
 
 
 def test_a_key_cannot_steer_the_terminal() -> None:
@@ -326,6 +366,19 @@ def test_at_a_terminal_it_asks(answer: str, code: int, left: bool, sqlite_url: s
     assert done.stderr.startswith("Forget the completed record of shop.charge o-1")
     assert ("nothing was changed" in done.stderr) == left
     assert (charge.with_key("o-1").peek() is not None) == left
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=str)
+def test_an_outcome_that_comes_while_it_asks_is_not_forgotten(
+    options: list[str], sqlite_url: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charge = shop(sqlite_url)
+    die(sqlite_url, "o-1")
+    monkeypatch.setattr(forget, "confirm", lambda *_, **__: charge.resolve("o-1", result=RECEIPT))
+    done = cli("forget", sqlite_url, "o-1", *options)
+    assert (done.code, done.out) == (1, "")
+    assert "was unknown and is completed" in done.err
+    assert charge.outcome("o-1").replayed
 
 
 def test_a_running_record_is_forgotten_by_force_alone(sqlite_url: str, cli: Cli) -> None:
@@ -511,11 +564,22 @@ def test_a_resolution_that_could_poison_a_replay_is_refused_and_changes_nothing(
         module.typed("o-1")
 
 
+def test_a_module_that_exits_when_it_is_imported_settles_nothing_and_says_so(
+    sqlite_url: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "module_that_exits.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    die(sqlite_url, "o-1")
+    done = cli("resolve", sqlite_url, "o-1", "--function", "module_that_exits:f", "--result", "{}", "--yes")
+    assert (done.code, done.out) == (2, "")
+    assert "cannot be imported (SystemExit: 0)" in done.err
+
+
 def test_a_live_runner_is_not_resolved_away_and_a_dead_one_need_not_be_met_by_a_call(
     sqlite_url: str, cli: Cli, clock: Callable[[float], None]
 ) -> None:
     claim(sqlite_url, "o-1")
-    done = cli("resolve", sqlite_url, "o-1", "--not-applied", "--yes")
+    done = cli("resolve", sqlite_url, "o-1", "--not-applied")  # nobody is asked about it
     assert (done.code, done.out) == (1, "")
     assert "its runner is alive" in done.err
     clock(31)
@@ -550,14 +614,16 @@ def test_purge_drops_what_is_past_its_retention_in_batches(
     counts: list[int] = []
     purge = type(backend).purge
 
-    async def small(self: Any, limit: int = 7) -> int:
-        counts.append(await purge(self, 7))
+    async def counted(self: Any, limit: int) -> int:
+        counts.append(await purge(self, limit))
         return counts[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(backend), "purge", small)
-        assert cli("purge", sqlite_url) == Done(0, "30 rows past their retention dropped\n", "")
-    assert counts == [7, 7, 7, 7, 2, 0]
+        patch.setattr("idempotent.cli.purge._BATCH", 7)
+        patch.setattr(type(backend), "purge", counted)
+        done = cli("purge", sqlite_url)
+    assert done == Done(0, "30 rows past their time dropped, or emptied where their keys are remembered\n", "")
+    assert counts == [7, 7, 7, 7, 2]  # and no more, or it never ends where rows expire faster than it asks
     assert cli("purge", sqlite_url, "--json").out == '{\n  "dropped": 0\n}\n'
     assert [record["key"] for record in json.loads(cli("list", sqlite_url, "--json").out)] == ["late"]
 
@@ -678,6 +744,43 @@ def test_a_wrong_password_is_not_shown(kind: str, request: pytest.FixtureRequest
 )
 def test_a_url_is_shown_without_its_password_and_options(url: str, seen: str) -> None:
     assert shown(url) == seen
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "redis://:hunter2@127.0.0.1:1/0"],
+        ["forget", "redis+cluster://:hunter2@127.0.0.1:1/0"],
+        ["show", "rediss://:12/hunter2@127.0.0.1/0"],
+        ["list", "sqlite:///x", "redis://:hunter2@127.0.0.1:1/0"],
+        ["redis://:hunter2@127.0.0.1:1/0"],
+    ],
+    ids=str,
+)
+def test_a_url_in_the_wrong_place_is_not_shown_with_its_password(
+    words: list[str], sqlite_url: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop(sqlite_url)("o-1")
+    for given in ("", sqlite_url):
+        monkeypatch.setenv("IDEMPOTENT_URL", given)
+        done = cli(*words)
+        assert (done.code, done.out) == (2, "")
+        assert "hunter2" not in done.err
+        assert "no backend is named" not in done.err
+
+
+@pytest.mark.parametrize("command", ["list", "migrate", "doctor"])
+def test_without_sqlalchemy_the_extra_is_named(
+    command: str, sqlite_url: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop(sqlite_url)("o-1")
+    for name in ("idempotent.backends.sql", "idempotent.cli.doctor_sql"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("idempotent.cli.doctor_sql", raising=False)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    done = cli(command, sqlite_url)
+    assert (done.code, done.out) == (2, "")
+    assert "[sql]" in done.err
 
 
 def test_a_password_that_a_driver_quotes_is_blotted_out() -> None:

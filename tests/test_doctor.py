@@ -3,9 +3,12 @@
 import contextlib
 import json
 import re
+import sqlite3
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import psycopg
@@ -462,7 +465,7 @@ def test_a_standby_of_postgresql_is_not_safe_and_its_primary_is_for_retries_alon
 
 @pytest.fixture(scope="module")
 def mariadb() -> Iterator[Server]:
-    with start_mariadb("--innodb-flush-log-at-trx-commit=1") as server:
+    with start_mariadb("--innodb-flush-log-at-trx-commit=1 --log-bin=binlog --server-id=1 --sync-binlog=1") as server:
         yield server
 
 
@@ -484,8 +487,9 @@ def mariadb() -> Iterator[Server]:
             RETRIES,
             {"persistence"},
         ),
+        (["SET GLOBAL sync_binlog = 0"], ["SET GLOBAL sync_binlog = 1"], RETRIES, {"persistence"}),
     ],
-    ids=["well", "case-insensitive", "Aria", "read-only", "flush"],
+    ids=["well", "case-insensitive", "Aria", "read-only", "flush", "sync_binlog"],
 )
 def test_each_setting_of_mariadb_gets_its_verdict(
     statements: list[str], after: list[str], verdict: str, reasons: set[str], mariadb: Server, doctor: Doctor
@@ -503,6 +507,48 @@ def test_each_setting_of_mariadb_gets_its_verdict(
         assert report.findings["isolation"].level == report.findings["table"].level == "ok"
         assert report.findings["collation"].level == "note"  # the database's own
         assert report.findings["collation"].found.endswith("_ci")
+        assert report.findings["replicas"].level == "note"  # a binary log, and nobody reads it
+
+
+def test_a_mariadb_whose_replicas_no_commit_waits_for_is_for_retries_alone(mariadb: Server, doctor: Doctor) -> None:
+    options: dict[str, Any] = {"host": "127.0.0.1", "port": mariadb.port, "user": "root", "database": "test"}
+    assert main(["migrate", mariadb.url]) == 0
+    with pymysql.connect(**options, autocommit=True) as connection, connection.cursor() as cursor:
+        cursor.execute("SHOW MASTER STATUS")
+        log = cursor.fetchone()[0].encode()
+        reader: Any = pymysql.connect(**options)  # which asks for the binary log as replicas do
+        reader.cursor().execute("SET @master_binlog_checksum = 'CRC32'")
+        reader._execute_command(0x12, struct.pack("<IHI", 4, 0, 99) + log)  # COM_BINLOG_DUMP
+        reader._read_packet()
+        report = doctor(mariadb.url)
+        reader._force_close()
+        cursor.execute("DROP TABLE idempotent_records")
+    assert (report.verdict, report.reasons) == (RETRIES, {"replicas"})
+    assert report.findings["replicas"].found == "1 connected, and no commit waits for them"
+
+
+@pytest.mark.parametrize(
+    ("status", "seen", "level"),
+    [
+        ({}, 0, "note"),
+        ({"Slaves_connected": "1"}, 0, "warning"),  # without the right to see its thread
+        ({}, 1, "warning"),
+        ({"Rpl_semi_sync_master_status": "ON", "Rpl_semi_sync_master_clients": "1"}, 2, "ok"),
+        ({"Rpl_semi_sync_source_status": "ON", "Rpl_semi_sync_source_clients": "1"}, 0, "ok"),
+        ({"Rpl_semi_sync_master_status": "OFF", "Rpl_semi_sync_master_clients": "1"}, 1, "warning"),
+        ({"Rpl_semi_sync_master_status": "ON", "Rpl_semi_sync_master_clients": "0"}, 1, "warning"),
+    ],
+    ids=str,
+)
+def test_replicas_of_mysql_are_trusted_if_commits_wait_for_one(status: dict[str, str], seen: int, level: str) -> None:
+    class Connection:
+        def execute(self, statement: Any) -> Any:
+            if "STATUS" in str(statement):
+                return list(status.items())
+            return SimpleNamespace(scalar_one=lambda: seen)
+
+    connection: Any = Connection()
+    assert doctor_sql._replicas(connection).level == level
 
 
 @pytest.mark.parametrize(
@@ -520,6 +566,51 @@ def test_an_sqlite_file_is_as_safe_as_where_it_lies(
     idempotent(backend=url, key="k", namespace="n")(lambda: 1)()
     report = doctor(url)
     assert (report.verdict, report.reasons) == (verdict, reasons)
+
+
+@pytest.mark.parametrize("mode", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_file_that_another_has_locked_is_not_taken_for_a_right_that_is_missing(
+    mode: str, tmp_path: Path, doctor: Doctor
+) -> None:
+    url = f"sqlite:///{tmp_path}/records.db"
+    assert main(["migrate", url]) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as other:
+        other.execute(f"BEGIN {mode}")
+        report = doctor(f"{url}?timeout=0.2")
+    assert (report.verdict, report.reasons) == (RETRIES, {"unseen"})
+    assert "permissions" not in report.findings
+    assert "locked" in report.findings["unseen"].found
+
+
+def test_a_table_that_another_has_locked_is_not_taken_for_a_right_that_is_missing(
+    on_postgres: Callable[..., str], doctor: Doctor
+) -> None:
+    url = on_postgres()
+    with psycopg.connect(url) as other:
+        other.execute("LOCK TABLE idempotent_records")
+        report = doctor(f"{url}?timeout=0.3")
+    assert (report.verdict, report.reasons) == (RETRIES, {"unseen"})
+
+
+def test_a_server_that_stops_answering_midway_is_told_with_what_was_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doctor: Doctor
+) -> None:
+    def frozen(*_: Any) -> Any:
+        raise TimeoutError
+
+    async def answers_no_more(*_: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(doctor_sql, "_answers", frozen)
+            return await cut_short(*_)
+
+    cut_short = doctor_sql._cut_short
+    monkeypatch.setattr(doctor_sql, "_permissions", frozen)
+    monkeypatch.setattr(doctor_sql, "_cut_short", answers_no_more)
+    url = f"sqlite:///{tmp_path}/records.db"
+    assert main(["migrate", url]) == 0
+    report = doctor(url)
+    assert (report.verdict, report.reasons) == (UNSAFE, {"reachable"})
+    assert report.findings["table"].level == "ok"
 
 
 def test_where_a_file_lies_is_read_from_the_mounts() -> None:

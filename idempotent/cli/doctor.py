@@ -6,7 +6,7 @@ from idempotent import _config as config
 from idempotent._drive import drive
 from idempotent.cli.console import Table, print_json, print_line
 from idempotent.cli.exits import Unusable
-from idempotent.cli.store import SQL, censored, open_database, shown, url_of
+from idempotent.cli.store import SQL, censored, missing_file, open_database, shown, url_of
 from idempotent.cli.verdict import CODES, Finding, verdict_of
 
 __all__ = ["add_arguments", "run"]
@@ -60,11 +60,15 @@ def _examine(url: str) -> list[Finding]:
             )
         ]
     if scheme in SQL:
-        from idempotent.cli import doctor_sql
+        if path := missing_file(url):
+            why, remedy = (
+                "nothing can be said of it; the first call would make it",
+                "idempotent migrate URL, then ask again",
+            )
+            return [Finding("table", "unsafe", f"there is no file {path}", why, remedy)]
+        with open_database(url) as database:  # first of all: it says which extra is missing
+            from idempotent.cli import doctor_sql
 
-        if scheme == "sqlite" and (missing := doctor_sql.missing_file(url)):
-            return [missing]
-        with open_database(url) as database:
             return drive(doctor_sql.examine(database))
     from idempotent.backends.redis import RedisBackend
     from idempotent.cli import doctor_redis

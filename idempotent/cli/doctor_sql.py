@@ -6,32 +6,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from idempotent.backends.sql import SQLBackend, _code, _words
+from idempotent.backends.sql import SQLBackend, _code, _is_transient, _words
 from idempotent.cli.schema import differences
 from idempotent.cli.verdict import Finding, clock
 
-__all__ = ["examine", "missing_file"]
+__all__ = ["examine"]
 
+_FAILURES = (TimeoutError, OSError, exc.SQLAlchemyError)
+_DOWN = "no call runs: each gets BackendUnavailable"
 _READ_ONLY = "every claim is refused, so no call runs"
-
-
-def missing_file(url: str) -> Finding | None:
-    """A finding if the SQLite file is not there: opening it would make it."""
-    path = unquote(urlsplit(url).path[1:])
-    if not path or path.startswith("file:") or Path(path).exists():
-        return None
-    return Finding(
-        "table",
-        "unsafe",
-        f"there is no file {path}",
-        "nothing can be said of it; the first call would make it",
-        "idempotent migrate URL, then ask again",
-    )
 
 
 async def examine(backend: SQLBackend) -> list[Finding]:
@@ -43,16 +30,33 @@ async def examine(backend: SQLBackend) -> list[Finding]:
 
     try:
         findings = [await _round_trip(ask, backend.timeout)]
+    except _FAILURES as error:
+        remedy = "start it, or mend host, port, user, password or database in the URL"
+        return [Finding("reachable", "unsafe", _words(error), _DOWN, remedy)]
+    try:
         for look in (_version, _LOOKS[backend.name], _table_of(backend)):
             findings += await ask(look)
-    except (TimeoutError, OSError, exc.SQLAlchemyError) as error:
-        remedy = "start it, or mend host, port, user, password or database in the URL"
-        why = "no call runs: each gets BackendUnavailable"
-        return [Finding("reachable", "unsafe", _words(error), why, remedy)]
-    if not any(finding.level == "unsafe" and finding.check == "table" for finding in findings):
-        findings.append(await _permissions(backend, ask))
+        if not any(finding.level == "unsafe" and finding.check == "table" for finding in findings):
+            findings.append(await _permissions(backend, ask))
+    except _FAILURES as error:
+        findings.append(await _cut_short(error, ask))
     findings.append(Finding("client", "ok", f"a statement is sent again for up to timeout={backend.timeout:g} s"))
     return findings
+
+
+async def _cut_short(error: Exception, ask: Any) -> Finding:
+    """Why not everything could be looked at: something holds a lock, say, or the server has stopped answering."""
+    try:
+        await ask(_answers)
+    except _FAILURES as gone:
+        return Finding("reachable", "unsafe", f"it stopped answering: {_words(gone)}", _DOWN, "look after the server")
+    why = "what was not seen may endanger records; and if a lock is held, calls wait for it, too"
+    remedy = "end the transaction that holds the lock, or give the right that is missing, and ask again"
+    return Finding("unseen", "warning", f"not everything could be looked at: {_words(error)}", why, remedy)
+
+
+def _answers(connection: sa.Connection) -> None:
+    connection.execute(sa.select(sa.literal(1))).one()
 
 
 async def _round_trip(ask: Any, timeout: float) -> Finding:
@@ -60,7 +64,7 @@ async def _round_trip(ask: Any, timeout: float) -> Finding:
         times = []
         for _ in range(7):
             began = time.perf_counter()
-            connection.execute(sa.select(sa.literal(1))).one()
+            _answers(connection)
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
@@ -164,18 +168,21 @@ def _mysql(connection: sa.Connection) -> list[Finding]:
         why = f"{_READ_ONLY}, but for users that may write all the same"
         found.append(Finding("replicas", "unsafe", "it is read-only", why, "name the primary in the URL"))
     flush = settings.get("innodb_flush_log_at_trx_commit", "1")
+    logs = settings.get("log_bin") == "ON"
+    if logs and settings.get("sync_binlog", "1") != "1":
+        why = "after a crash of the machine InnoDB takes back what the binary log has not, though it was confirmed"
+        remedy = "SET GLOBAL sync_binlog = 1, and the same in its configuration file"
+        found.append(Finding("persistence", "warning", f"sync_binlog {settings['sync_binlog']}", why, remedy))
     if flush != "1":
         why = "a crash loses up to a second of records that were confirmed" + (
             "" if flush == "2" else ", a crash of the server alone, too"
         )
         remedy = "SET GLOBAL innodb_flush_log_at_trx_commit = 1, and the same in its configuration file"
         found.append(Finding("persistence", "warning", f"innodb_flush_log_at_trx_commit {flush}", why, remedy))
-    else:
+    if all(finding.check != "persistence" for finding in found):
         found.append(Finding("persistence", "ok", "commits are on disk before they are confirmed"))
-    if settings.get("log_bin") == "ON":
-        why = "replicas are behind by a moment: a failover can lose a claim that was confirmed"
-        remedy = "semi-synchronous replication, if a replica may be promoted"
-        found.append(Finding("replicas", "note", "there is a binary log, so there may be replicas", why, remedy))
+    if logs:
+        found.append(_replicas(connection))
     if "STRICT" not in settings.get("sql_mode", ""):
         why = "values that are too long are cut without an error; no column of ours is that short, yours may be"
         found.append(Finding("sql_mode", "note", "not strict", why, "add STRICT_TRANS_TABLES to sql_mode"))
@@ -186,6 +193,23 @@ def _mysql(connection: sa.Connection) -> list[Finding]:
         found.append(Finding("collation", "note", f"the database's is {collation}", why, remedy))
     found.append(_isolation(settings.get("transaction_isolation") or settings.get("tx_isolation") or "not to be seen"))
     return found
+
+
+def _replicas(connection: sa.Connection) -> Finding:
+    asked = "SHOW GLOBAL STATUS WHERE Variable_name LIKE 'Rpl_semi_sync_%' OR Variable_name = 'Slaves_connected'"
+    status = {str(name).lower(): str(value) for name, value in connection.execute(sa.text(asked))}
+    waits = any(status.get(f"rpl_semi_sync_{side}_status") == "ON" for side in ("master", "source"))
+    confirm = max(int(status.get(f"rpl_semi_sync_{side}_clients", 0)) for side in ("master", "source"))
+    # MariaDB counts them for everybody; on MySQL a user without PROCESS sees none.
+    dumps = sa.text("SELECT count(*) FROM information_schema.processlist WHERE command LIKE 'Binlog Dump%'")
+    count = max(confirm, int(status.get("slaves_connected", 0)), int(connection.execute(dumps).scalar_one()))
+    why = "replicas are behind by a moment: a failover can lose a claim that was confirmed, and it runs again"
+    remedy = "semi-synchronous replication, if a replica may be promoted"
+    if waits and confirm:
+        return Finding("replicas", "ok", f"{count} connected, commits wait for one of {confirm} to confirm")
+    if count:
+        return Finding("replicas", "warning", f"{count} connected, and no commit waits for them", why, remedy)
+    return Finding("replicas", "note", "none to be seen, but there is a binary log for them", why, remedy)
 
 
 # ------------------------------------------------------------------------------------------------------------ SQLite
@@ -341,6 +365,9 @@ async def _permissions(backend: SQLBackend, ask: Any) -> Finding:
         try:
             await ask(lambda connection, statement=statement: connection.execute(statement))
         except exc.SQLAlchemyError as error:
+            if _is_transient(error):
+                raise  # a lock or a lost connection, and no right
+            await ask(_answers)  # else it was not the statement that was refused
             missing.append(name)
             said = f"{_words(error)} ({_code(error)})"
     if not missing:

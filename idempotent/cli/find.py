@@ -9,7 +9,7 @@ from idempotent._record import Record
 from idempotent.backends.base import Backend
 from idempotent.cli.console import Progress, plain, span
 from idempotent.cli.exits import Refused, Unusable
-from idempotent.cli.store import digest_of, each
+from idempotent.cli.store import SCHEMES, digest_of, each
 from idempotent.decorator import idempotent
 
 __all__ = ["add_arguments", "find", "named", "on_behalf_of", "parse", "parse_digest", "state_of"]
@@ -39,6 +39,8 @@ def parse(options: Namespace) -> str:
     words: list[str] = options.words
     if len(words) > 2:
         raise Unusable(f"a backend and one record are named by two words, not {len(words)}; quote what holds spaces")
+    if len(words) == 1 and words[0].partition("://")[0].partition("+")[0].lower() in SCHEMES and "://" in words[0]:
+        raise Unusable("that is the URL of a backend; name the record, too")  # it may hold a password: not shown
     options.url = words[0] if len(words) == 2 else None
     return words[-1]
 

@@ -31,8 +31,12 @@ def run(options: Namespace) -> int:
             " The next call runs.",
             yes=options.yes,
         )
+        found = find.on_behalf_of(backend, record.namespace).with_key(record.key)
+        now = found.peek()
+        if now is not None and (now.state, now.token) != (record.state, record.token):
+            raise Refused(f"it has changed meanwhile, was {record.state} and is {now.state}, and was not forgotten")
         try:
-            there = find.on_behalf_of(backend, record.namespace).with_key(record.key).forget(force=options.force)
+            there = found.forget(force=options.force)
         except InProgress as error:
             raise Refused(f"it is running, and was not forgotten: {error}. --force does it all the same") from None
     if not there:

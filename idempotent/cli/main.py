@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from idempotent.cli.exits import BROKEN_PIPE, INTERRUPTED, REFUSED, UNUSABLE, Refused
 from idempotent.cli.interrupts import Interrupts
@@ -57,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None, interrupts: Interrupts) -> int:
     parser, runs = _parser(interrupts)
-    options = parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    if left and "words" in options and not any(word.startswith("-") for word in left):
+        options.words += left  # `show URL --payload KEY`: argparse takes the words before the first option alone
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     if options.command == "demo":
         return runs["demo"](options)
     return _run(options, runs[options.command], interrupts)
@@ -84,6 +90,13 @@ def _run(options: argparse.Namespace, run: Callable[[argparse.Namespace], int], 
         return told(error, UNUSABLE if isinstance(error, BackendError) else REFUSED)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells what is wrong without the passwords in it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"://[^\s']*@", "://***@", message))
+
+
 def _parser(
     interrupts: Interrupts,
 ) -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Namespace], int]]]:
@@ -93,7 +106,7 @@ def _parser(
     from idempotent import __version__, _demo
 
     name = "idempotent" if os.path.basename(sys.argv[0]) in ("idempotent", "idempotent.exe") else "python -m idempotent"  # noqa: PTH119
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=name,
         description="Functions that are safe to call twice.",
         epilog=_CODES,

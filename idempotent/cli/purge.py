@@ -9,6 +9,8 @@ from idempotent.cli.store import open_store, url_of
 
 __all__ = ["add_arguments", "run"]
 
+_BATCH = 1000
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's options."""
@@ -17,10 +19,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Drop them all, and say how many."""
+    """Drop them all, and say how many; with `remember=`, a row past its ttl loses its outcome, which counts, too."""
     dropped = 0
     with open_store(url_of(options)) as backend, Progress("rows dropped") as progress:
-        while count := drive(backend.purge()):
+        count = _BATCH
+        while count >= _BATCH:  # fewer are the last: what expires meanwhile is another purge's
+            count = drive(backend.purge(_BATCH))
             dropped += count
             progress.tell(dropped)
         kept_by_itself = backend.name == "redis"
@@ -29,5 +33,5 @@ def run(options: Namespace) -> int:
     elif kept_by_itself:
         print("nothing to do: Redis drops records past their retention by itself")
     else:
-        print(f"{dropped:,} rows past their retention dropped")
+        print(f"{dropped:,} rows past their time dropped, or emptied where their keys are remembered")
     return DONE

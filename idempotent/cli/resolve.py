@@ -22,7 +22,7 @@ from idempotent._record import Record
 from idempotent._typed import TypedJSON
 from idempotent.backends.base import Backend
 from idempotent.cli import find
-from idempotent.cli.console import confirm, print_json, print_line
+from idempotent.cli.console import confirm, print_json, print_line, span
 from idempotent.cli.exits import DONE, Refused, Unusable
 from idempotent.cli.store import digest_of, open_store, url_of
 from idempotent.decorator import _build, _find, _Spec
@@ -76,6 +76,8 @@ def run(options: Namespace) -> int:
         function = find.on_behalf_of(backend, record.namespace) if spec is None else _on(backend, spec)
         if record.state not in ("unknown", "running"):
             raise Refused(f"it is {record.state}, and only records in doubt are resolved")
+        if record.state == "running" and (record.lease_left or 0.0) > 0:
+            raise Refused(f"its runner is alive: its lease has {span(record.lease_left or 0.0)} left")
         confirm(
             f"Settle {find.named(record)} ({digest_of(record)[:12]}), which is {find.state_of(record)}, as"
             f" {'not applied: the next call runs' if options.not_applied else 'done: duplicates are answered from now on'}?",
@@ -122,7 +124,7 @@ def _spec_of(reference: str) -> _Spec:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of a script without its `if __name__`, which would end this one, too
         raise Unusable(f"{reference} cannot be imported ({type(error).__name__}: {error})") from error
     try:
         spec: _Spec = _find(found).__idempotent_spec__[0]

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(options: Namespace) -> int:
         print_line(f"{'payload':<12} {_text_of(payload)}")
     elif options.payload:
         print_line(f"{'payload':<12} none: there is no outcome yet")
-    advice = _advice(record)
+    advice = _advice(record, "" if options.url is None else "URL ")
     if advice:
         print(f"\n{advice}")
     return DONE
@@ -64,17 +65,31 @@ def _described(record: Record) -> list[tuple[str, str]]:
     return pairs
 
 
-def _advice(record: Record) -> str:
-    """What to do about a record in doubt; "" where there is nothing to do."""
+def _advice(record: Record, url: str) -> str:
+    """What to do about a record in doubt; "" where there is nothing to do.
+
+    `url` is what stands for the backend's URL: not the URL itself, which may hold a password.
+    """
     if record.state != "unknown" and not (record.state == "running" and (record.lease_left or 0.0) <= 0):
         return ""
     again = "" if record.expires_in is None else " The next call takes over, unless it is settled before."
     return (
         f"Its runner died, and nobody knows whether its effect took place.{again} Find out where the effect would be seen,"
         " then settle it:\n"
-        f"  idempotent resolve {digest_of(record)[:12]} --not-applied\n"
-        f"  idempotent resolve {digest_of(record)[:12]} --function MODULE:NAME --result JSON"
+        f"  idempotent resolve {url}{digest_of(record)[:12]} --not-applied\n"
+    ) + (
+        "It is of a request, whose answer cannot be recorded by hand: if it took effect, undo that first, or leave the"
+        " record, and the key stays refused."
+        if _of_a_request(record.key)
+        else f"  idempotent resolve {url}{digest_of(record)[:12]} --function MODULE:NAME --result JSON"
     )
+
+
+def _of_a_request(key: str) -> bool:
+    """Whether `key` is as the HTTP middleware makes them: "-:KEY", or the scope behind its length, "5:alice:KEY"."""
+    length, _, rest = key.partition(":")
+    found = re.fullmatch("-|[0-9]{1,5}", length)
+    return found is not None and (length == "-" or rest[int(length) : int(length) + 1] == ":")
 
 
 def _payload(backend: Backend, record: Record) -> Settled | None:

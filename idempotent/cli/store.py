@@ -16,10 +16,24 @@ from idempotent.cli.exits import Unusable
 if TYPE_CHECKING:
     from idempotent.backends.sql import SQLBackend
 
-__all__ = ["SQL", "as_json", "censored", "digest_of", "each", "open_database", "open_store", "shown", "url_of"]
+__all__ = [
+    "SCHEMES",
+    "SQL",
+    "as_json",
+    "censored",
+    "digest_of",
+    "each",
+    "missing_file",
+    "open_database",
+    "open_store",
+    "shown",
+    "url_of",
+]
 
 SQL = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
 """The schemes of backends that keep a table."""
+SCHEMES = ("local", "redis", "rediss", "unix", *SQL)
+"""The schemes of all backends, without their drivers."""
 
 
 def url_of(options: Namespace) -> str:
@@ -41,8 +55,8 @@ def open_store(url: str) -> Backend:
             raise Unusable("local:// is the memory of one process, which no other can look into")
         if scheme not in SQL:
             return config.open_backend(url).blocking()
-        if scheme == "sqlite":
-            _check_file(url)
+        if path := missing_file(url):
+            raise Unusable(f"there is no file {path}; `idempotent migrate` makes it, and so does the first call")
         return open_database(url).blocking()
     except (ValueError, ImportError) as error:
         raise Unusable(" ".join(str(error).split())) from error
@@ -55,11 +69,12 @@ def open_database(url: str) -> "SQLBackend":
     return SQLBackend(url, create=False)
 
 
-def _check_file(url: str) -> None:
-    parts = urlsplit(url)
-    path = unquote(parts.path[1:])
-    if path and not path.startswith("file:") and not Path(path).exists():  # SQLite would make it
-        raise Unusable(f"there is no file {path}; `idempotent migrate` makes it, and so does the first call")
+def missing_file(url: str) -> str:
+    """The file that `url` names and that is not there, which opening it would make; "": there is none such."""
+    if config.check_url(url) != "sqlite":
+        return ""
+    path = unquote(urlsplit(url).path[1:])
+    return "" if path.startswith("file:") or Path(path).exists() else path
 
 
 def shown(url: str) -> str:
@@ -86,14 +101,18 @@ def censored(text: str, url: str | None) -> str:
 
 
 def each(backend: Backend, state: StateName | None = None, namespace: str | None = None) -> Iterator[Record]:
-    """The records that `backend.scan` finds."""
+    """The records that `backend.scan` finds, each once, where Redis' SCAN may give a key twice."""
     found = backend.scan(state=state, namespace=namespace)
+    seen: set[bytes] = set()
 
     async def step() -> Record | None:
         return await anext(found, None)
 
     while (record := drive(step())) is not None:
-        yield record
+        digest = bytes.fromhex(digest_of(record))
+        if digest not in seen:
+            seen.add(digest)
+            yield record
 
 
 def digest_of(record: Record) -> str:
