@@ -39,6 +39,21 @@ def write(text: str) -> int:
         return ledger.execute("INSERT INTO effects (text) VALUES (?)", (text,)).lastrowid or 0
 
 
+class Worker:
+    """Outside of everything: says in each answer which process gave it."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def told(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-worker", b"%d" % os.getpid())]}
+            await send(message)
+
+        await self._app(scope, receive, told)
+
+
 # The payment service: account by token, then the key, then the payment. A request is taken over when its worker has
 # died, so it may run twice; the ledger's own record, which commits with the entry, is why it is charged once.
 
@@ -108,6 +123,7 @@ async def pay(payment: Payment, who: Annotated[str, Depends(account)]) -> Receip
 
 payments = FastAPI()
 payments.include_router(router)
+payments.add_middleware(Worker)
 
 
 # What the tests of servers need: answers of every kind behind the middleware for whole applications.
@@ -118,7 +134,7 @@ asgi_app = FastAPI()
 @asgi_app.post("/echo")
 async def echo(request: Request) -> Any:
     body = await request.body()
-    return PlainTextResponse(f"{write('echo')} {len(body)}", headers={"x-worker": str(os.getpid())})
+    return PlainTextResponse(f"{write('echo')} {len(body)}")
 
 
 @asgi_app.post("/slow")
@@ -210,10 +226,22 @@ def flask_fail() -> Any:
     raise RuntimeError("the application failed")
 
 
-flask_app.wsgi_app = WSGIMiddleware(  # type: ignore[method-assign]
+served = WSGIMiddleware(
     flask_app.wsgi_app,
     scope=lambda request: request.headers.get("authorization", "nobody"),
     backend=BACKEND,
     lease=LEASE,
     max_body=100_000,
 )
+
+
+def flask_worker(environ: Any, start_response: Any) -> Any:
+    """Outside of everything: says in each answer which process gave it."""
+
+    def told(status: str, headers: Any, exc_info: Any = None) -> Any:
+        return start_response(status, [*headers, ("X-Worker", str(os.getpid()))], exc_info)
+
+    return served(environ, told)
+
+
+flask_app.wsgi_app = flask_worker  # type: ignore[method-assign]

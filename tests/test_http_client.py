@@ -39,6 +39,7 @@ class Script:
     def __init__(self) -> None:
         self.replies: list[Reply] = [OK]
         self.requests: list[tuple[str, str, str | None, bytes]] = []
+        self.request_ids: list[str | None] = []
         script = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -55,6 +56,7 @@ class Script:
                     body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 keys = self.headers.get_all("idempotency-key", [])
                 script.requests.append((self.command, self.path, " twice ".join(keys) or None, body))
+                script.request_ids.append(self.headers["x-request-id"])
                 reply = script.replies.pop(0) if len(script.replies) > 1 else script.replies[0]
                 if isinstance(reply, str):
                     if reply == "cut":
@@ -297,6 +299,8 @@ def test_the_header_and_its_form_may_be_others(library: Library, server: Script)
     assert UUID(server.keys[0]).version == 7
     library.send(server.url, json={}, options={"header": "X-Request-Id"})
     assert server.keys[1] is None
+    quoted = server.request_ids[1] or ""
+    assert (quoted[0], quoted[-1], UUID(quoted[1:-1]).version) == ('"', '"', 7)
 
 
 def test_in_a_scope_the_same_request_has_the_same_key_and_another_has_another(library: Library, server: Script) -> None:

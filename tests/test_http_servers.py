@@ -72,6 +72,19 @@ class Running:
     def connect(self) -> "Connection":
         return Connection(self.port)
 
+    def connections(self, times: int, workers: int) -> list["Connection"]:
+        """So many, all open, with each of the workers at the end of one at least."""
+        found: dict[str, Connection] = {}
+        deadline = time.monotonic() + 60
+        while len(found) < workers and time.monotonic() < deadline:
+            connection = self.connect()
+            worker = connection.ask("/nowhere", b"", None)[1]["x-worker"]
+            if found.setdefault(worker, connection) is not connection:
+                connection.close()
+                time.sleep(0.01)
+        assert len(found) == workers, self._log.read_text()
+        return [*found.values(), *(self.connect() for _ in range(times - workers))]
+
     def stop(self) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGTERM)
@@ -135,11 +148,12 @@ def free_port() -> int:
 
 def uvicorn(app: str, port: int, workers: int = 1) -> list[str]:
     options = ["--workers", str(workers)] if workers > 1 else []
+    options += ["--timeout-keep-alive", "60"]  # for the connection that waits while other workers start
     return ["uvicorn", f"http_service:{app}", "--port", str(port), "--log-level", "warning", *options]
 
 
 def gunicorn(app: str, port: int, workers: int = 1) -> list[str]:
-    bind = ["--bind", f"{HERE[0]}:{port}", "--workers", str(workers)]
+    bind = ["--bind", f"{HERE[0]}:{port}", "--workers", str(workers), "--keep-alive", "60"]
     return ["gunicorn", f"http_service:{app}", *bind, "--threads", "4", "--worker-class", "gthread"]
 
 
@@ -259,9 +273,9 @@ def test_a_client_that_leaves_finds_the_answer_when_it_comes_back(server: Runnin
     assert server.effects() == ["slow begins", "slow ends"]
 
 
-def storm(running: Running, times: int, path: str, body: bytes, *lines: str) -> list[Any]:
-    """So many duplicates, each on a connection of its own, all open before the first is sent."""
-    connections = [running.connect() for _ in range(times)]
+def storm(running: Running, times: int, path: str, body: bytes, *lines: str, workers: int = 1) -> list[Any]:
+    """So many duplicates, each on a connection of its own, all open before the first is sent, to so many workers."""
+    connections = running.connections(times, workers) if workers > 1 else [running.connect() for _ in range(times)]
     with ThreadPoolExecutor(times) as pool:
         answers = list(pool.map(lambda connection: connection.ask(path, body, "storm", *lines), connections))
     for connection in connections:
@@ -286,11 +300,12 @@ def test_200_duplicates_on_4_workers_have_one_effect_and_one_answer(shared_url: 
     port = free_port()
     running = Running(uvicorn("payments", port, workers=4), port, tmp_path, shared_url)
     try:
-        answers = storm(running, 200, "/payments", PAYMENT, "Authorization: token-alice")
+        answers = storm(running, 200, "/payments", PAYMENT, "Authorization: token-alice", workers=4)
     finally:
         running.stop()
     assert {(status, body) for status, _, body in answers} == {(201, answers[0][2])}
     assert sum("idempotency-replayed" in headers for _, headers, _ in answers) == 199
+    assert len({headers["x-worker"] for _, headers, _ in answers}) == 4
     assert running.effects() == ["alice o-1"]
 
 
@@ -334,10 +349,11 @@ def test_40_duplicates_on_2_gunicorn_workers_have_one_effect(shared_url: str, tm
     port = free_port()
     running = Running(gunicorn("flask_app", port, workers=2), port, tmp_path, shared_url)
     try:
-        answers = storm(running, 40, "/echo", PAYMENT)
+        answers = storm(running, 40, "/echo", PAYMENT, workers=2)
         answers += storm(running, 1, "/echo", PAYMENT)
     finally:
         running.stop()
+    assert len({headers["x-worker"] for _, headers, _ in answers}) == 2
     told = {status for status, _, _ in answers}
     assert told <= {200, 409}
     assert len({body for status, _, body in answers if status == 200}) == 1
