@@ -90,6 +90,7 @@ urlpatterns = [
     path("template", Template.as_view()),
     path("current", current),
     path("quote", exempt(pay)),
+    path("open-form", exempt(form)),
 ]
 
 
@@ -102,6 +103,13 @@ class Login(MiddlewareMixin):
 
     def process_view(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
         return None if request.headers.get("Authorization") != "revoked" else HttpResponse(status=401)
+
+
+class Reads(MiddlewareMixin):
+    """Stands for those that look into a form before any view is chosen."""
+
+    def process_request(self, request: HttpRequest) -> None:
+        request.POST.get("order")
 
 
 class Someone(MiddlewareMixin):
@@ -257,6 +265,20 @@ def test_a_replay_passes_the_login_that_django_requires() -> None:
         assert client.post("/pay")["Idempotency-Replayed"] == "true"
         assert client.post("/pay", headers={"Authorization": "none"}).status_code == 302
     assert len(RUNS) == 1
+
+
+@pytest.mark.parametrize("client_type", [Client, AsyncClient])
+def test_an_upload_that_middleware_above_has_read_is_an_error_that_names_the_order(client_type: Any) -> None:
+    async def ask(path: str) -> Any:
+        found = client_type().post(path, {"file": io.BytesIO(b"contents")}, headers=KEY)
+        return await found if client_type is AsyncClient else found
+
+    with override_settings(MIDDLEWARE=[f"{__name__}.Reads", *http_stacks.MIDDLEWARE]):
+        post = (lambda path: asyncio.run(ask(path))) if client_type is AsyncClient else (lambda path: drive(ask(path)))
+        with pytest.raises(ImproperlyConfigured, match="list it below"):
+            post("/form")
+        assert RUNS == []
+        assert post("/open-form").content == b"1"
 
 
 def test_an_upload_reaches_the_view_though_its_body_was_compared() -> None:

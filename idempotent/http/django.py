@@ -54,8 +54,8 @@ class _State:
     def __init__(self, service: Service) -> None:
         self.service = service
         """Whose middleware serves the request; one that is listed again further down leaves it alone."""
-        self.refusal: Response | None = None
-        """What to answer if the request turns out to be served, because its body is not to be had."""
+        self.refusal: Exception | None = None
+        """What to raise if the request turns out to be served, because its body is not to be had."""
         self.exchange: Exchange | None = None
         self.running: Running | None = None
 
@@ -145,10 +145,15 @@ class IdempotencyMiddleware:
         rules = self._service.rules
         if hasattr(request, "_body"):
             return state
+        if getattr(request, "_read_started", False):  # by `request.POST` of an upload, which keeps no body
+            state.refusal = ImproperlyConfigured(
+                "what is listed above IdempotencyMiddleware has read the request's body as a stream; list it below"
+            )
+            return state
         try:
             length = rules.length_of(_view(request))
         except Refused as refused:
-            state.refusal = refused.answer
+            state.refusal = refused
             return state
         allowed = settings.DATA_UPLOAD_MAX_MEMORY_SIZE
         is_upload = (request.content_type or "").startswith("multipart/")  # Django has other limits for these
@@ -159,16 +164,16 @@ class IdempotencyMiddleware:
             # Only the async handler knows no length, and its stream is a file.
             stream._stream.seek(0)
             stream._read_started = False
-            state.refusal = rules.problem("body-too-large")
+            state.refusal = Refused(rules.problem("body-too-large"))
         elif length is not None and len(body) < length:
-            state.refusal = Response(400)  # its client has gone
+            state.refusal = Refused(Response(400))  # its client has gone
         else:
             stream._body = body
             stream._stream = io.BytesIO(body)
         return state
 
     def _exchange(self, request: HttpRequest, view: Any) -> Exchange | None:
-        """The request with its key and body; None: it is none of ours. Raises Refused."""
+        """The request with its key and body; None: it is none of ours. Raises Refused, ImproperlyConfigured."""
         state: _State | None = getattr(request, _STATE, None)
         if state is None or state.service is not self._service or getattr(view, _EXEMPT, False):
             return None
@@ -177,7 +182,7 @@ class IdempotencyMiddleware:
         if key is None:
             return None
         if state.refusal is not None:
-            raise Refused(state.refusal)
+            raise state.refusal
         if len(request.body) > self._service.rules.max_body:
             raise Refused(self._service.rules.problem("body-too-large"))
         state.exchange = Exchange(self._service, seen, key, request.body)
