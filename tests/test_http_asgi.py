@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import inspect
 from collections.abc import Callable, Iterable
 from contextvars import Context
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -1170,6 +1172,114 @@ def test_openapi_shows_the_header_and_the_answers_of_the_routes() -> None:
     assert paths["/v1/sync"]["post"]["x-own"] is True
     assert "400" not in paths["/plain"]["post"]["responses"]
     assert "400" not in paths["/v1/payments"]["get"]["responses"]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate Operation ID")  # FastAPI's own, of a route with two methods
+def test_openapi_shows_the_header_once_and_as_required_where_each_method_requires_it() -> None:
+    from fastapi import APIRouter, FastAPI, Header
+
+    router = APIRouter(route_class=route_class(scope=GLOBAL, backend="local://", required=True))
+
+    @router.post("/declares")
+    async def declares(idempotency_key: str = Header(description="ours")) -> None: ...
+
+    @router.api_route("/both", methods=["GET", "POST"])
+    async def both() -> None: ...
+
+    @router.post("/pay", openapi_extra={"parameters": [{"name": "X-Own", "in": "header"}]})
+    async def pay() -> None: ...
+
+    app = FastAPI()
+    app.include_router(router, prefix="/v1")
+    paths = app.openapi()["paths"]
+    declared = paths["/v1/declares"]["post"]["parameters"]
+    assert [(each["name"], each["description"]) for each in declared] == [("idempotency-key", "ours")]
+    assert [paths["/v1/both"][method]["parameters"][0]["required"] for method in ("get", "post")] == [False, False]
+    shown = {each["name"]: each.get("required") for each in paths["/v1/pay"]["post"]["parameters"]}
+    assert shown == {"X-Own": None, "Idempotency-Key": True}
+
+
+@dataclass
+class Order:
+    """What the annotations of an endpoint name as a string."""
+
+    cents: int
+
+
+def test_annotations_that_are_strings_are_read_where_the_endpoint_is() -> None:
+    from fastapi import APIRouter, FastAPI
+
+    router = APIRouter(route_class=route_class(scope=GLOBAL, backend="local://"))
+
+    @router.post("/pay")
+    async def pay(order: "Order") -> "Order":
+        return order
+
+    app = FastAPI()
+    app.include_router(router)
+    (answer,) = ask(app, ("POST", "/pay", {"json": {"cents": 5}}))
+    assert (answer.status_code, answer.json()) == (200, {"cents": 5})
+    # What older versions of FastAPI take names from, which they would look up in our module.
+    signature = inspect.signature(getattr(router.routes[0], "endpoint"))
+    assert (signature.parameters["order"].annotation, signature.return_annotation) == (Order, Order)
+
+
+def test_a_replay_starts_no_background_task_of_a_dependency_either() -> None:
+    from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
+
+    ran: list[str] = []
+
+    def audit(tasks: BackgroundTasks) -> None:
+        tasks.add_task(ran.append, "audit")
+
+    router = APIRouter(route_class=route_class(scope=GLOBAL, backend="local://"), dependencies=[Depends(audit)])
+
+    @router.post("/pay")
+    async def pay() -> int:
+        return 5
+
+    app = FastAPI()
+    app.include_router(router)
+    answers = ask(app, *[("POST", "/pay", {})] * 2)
+    assert [answer.json() for answer in answers] == [5, 5]
+    assert ran == ["audit"]
+
+
+def test_a_client_that_leaves_a_route_during_the_run_loses_nothing() -> None:
+    """With a server that tells the application so, and with one that cancels it."""
+    from fastapi import APIRouter, FastAPI
+
+    async def main() -> None:
+        entered, gate = asyncio.Event(), asyncio.Event()
+        router = APIRouter(route_class=route_class(scope=GLOBAL, backend="local://"))
+
+        @router.post("/pay")
+        async def pay() -> int:
+            entered.set()
+            await gate.wait()
+            return 5
+
+        app = FastAPI()
+        app.include_router(router)
+        for key, cancels in ((b"told", False), (b"cancelled", True)):
+            entered.clear()
+            gate.clear()
+            request = scope_of(headers=[(b"idempotency-key", key)])
+            client, again = Client(), Client()
+            first = asyncio.ensure_future(app(dict(request), client.receive, client.send))
+            await entered.wait()
+            client.left.set()
+            if cancels:
+                first.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            gate.set()
+            await asyncio.wait([first])
+            await app(dict(request), again.receive, again.send)
+            assert again.body == b"5"
+            assert (b"idempotency-replayed", b"true") in again.headers
+
+    asyncio.run(main())
 
 
 def test_describe_adds_the_header_and_the_answers_to_a_schema() -> None:

@@ -4,6 +4,7 @@ The middleware belongs inside what authenticates: a replay then passes authentic
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -293,13 +294,16 @@ def route_class(**options: Unpack[Options]) -> "type[APIRoute]":
     class IdempotentRoute(APIRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
             methods = {method.upper() for method in kwargs.get("methods") or ("GET",)}
-            if methods & rules.methods and not hasattr(endpoint, _CLAIMING):
-                endpoint = _claiming(endpoint)
+            wraps = methods & rules.methods and not hasattr(endpoint, _CLAIMING)
+            super().__init__(path, _claiming(endpoint) if wraps else endpoint, **kwargs)
+            if wraps:
                 extra = operation(
-                    header=rules.header, required=rules.required, ttl=rules.ttl, error_ttl=rules.error_ttl
+                    header=rules.header,
+                    required=rules.required and methods <= rules.methods,  # FastAPI shows it at each of them
+                    ttl=rules.ttl,
+                    error_ttl=rules.error_ttl,
                 )
-                kwargs["openapi_extra"] = _merged(kwargs.get("openapi_extra") or {}, extra)
-            super().__init__(path, endpoint, **kwargs)
+                self.openapi_extra = _merged(self.openapi_extra or {}, extra, _headers_of(self.dependant))
 
         async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
             if _SEEN in scope:
@@ -345,6 +349,9 @@ def _claiming(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         with exchange.running():
             return await _called(endpoint, awaits, args, kwargs)
 
+    # FastAPI may look names in annotations up in this module. One that does not resolve is its to refuse, or to ignore.
+    with contextlib.suppress(Exception):
+        claiming.__signature__ = inspect.signature(endpoint, eval_str=True)  # type: ignore[attr-defined]
     setattr(claiming, _CLAIMING, True)
     return claiming
 
@@ -358,17 +365,27 @@ async def _called(endpoint: Callable[..., Any], awaits: bool, args: Any, kwargs:
 
 
 def _as_starlette(answer: Response) -> Any:
+    from starlette.background import BackgroundTasks
     from starlette.responses import Response as StarletteResponse
 
-    response = StarletteResponse(answer.body, answer.status)
+    # With none of its own, FastAPI would run those that dependencies have added.
+    response = StarletteResponse(answer.body, answer.status, background=BackgroundTasks())
     response.raw_headers = list(answer.headers)
     return response
 
 
-def _merged(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """The operation's own OpenAPI, which wins, and what the middleware adds to it."""
+def _headers_of(dependant: Any) -> set[str]:
+    """The headers that an endpoint or one of its dependencies declares, in lower case."""
+    own = {field.alias.lower() for field in dependant.header_params}
+    return own.union(*map(_headers_of, dependant.dependencies))
+
+
+def _merged(given: dict[str, Any], extra: dict[str, Any], declared: set[str]) -> dict[str, Any]:
+    """The operation's own OpenAPI, which wins, and what the middleware adds to it but for headers that are `declared`."""
+    parameters = given.get("parameters", ())
+    declared = declared | {str(each.get("name", "")).lower() for each in parameters}
     return {
         **given,
-        "parameters": [*given.get("parameters", ()), *extra["parameters"]],
+        "parameters": [*parameters, *(each for each in extra["parameters"] if each["name"].lower() not in declared)],
         "responses": {**extra["responses"], **given.get("responses", {})},
     }
