@@ -8,7 +8,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
@@ -1181,7 +1181,7 @@ def test_openapi_shows_the_header_once_and_as_required_where_each_method_require
     router = APIRouter(route_class=route_class(scope=GLOBAL, backend="local://", required=True))
 
     @router.post("/declares")
-    async def declares(idempotency_key: str = Header(description="ours")) -> None: ...
+    async def declares(idempotency_key: Annotated[str, Header(description="ours")]) -> None: ...
 
     @router.api_route("/both", methods=["GET", "POST"])
     async def both() -> None: ...

@@ -350,9 +350,10 @@ def _claiming(endpoint: Callable[..., Any]) -> Callable[..., Any]:
             return await _called(endpoint, awaits, args, kwargs)
 
     # FastAPI may look names in annotations up in this module. One that does not resolve is its to refuse, or to ignore.
+    wrapper: Any = claiming
     with contextlib.suppress(Exception):
-        claiming.__signature__ = inspect.signature(endpoint, eval_str=True)  # type: ignore[attr-defined]
-    setattr(claiming, _CLAIMING, True)
+        wrapper.__signature__ = inspect.signature(endpoint, eval_str=True)
+    setattr(wrapper, _CLAIMING, True)
     return claiming
 
 
