@@ -16,6 +16,7 @@ from typing import Self
 from idempotent._record import OWNER_BYTES, Answer, Busy, Claim, Granted, Record, RecordId
 from idempotent._rooms import Driver, Held, Place, Plan, Room, lock_lost, not_held
 from idempotent._run import MARGIN
+from idempotent.backends.base import micros
 from idempotent.errors import BackendError, BackendUnavailable, LockError, NotHeld
 
 _KEEP = 60.0
@@ -129,7 +130,7 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
         held.in_line = False
         if isinstance(reply, Granted):
             held.fence = reply.token
-            held.begun = now
+            held.begun, held.granted = now, driver.now()
             held.valid_until = now + plan.lease * (1 - MARGIN)
             if driver.now() >= held.valid_until and not await _still_ours(driver, held):
                 held.fence, held.attempt = None, held.new_attempt()
@@ -277,9 +278,14 @@ async def _send_release(driver: Driver, held: Held) -> bool:
         if answer is Answer.GONE or lapsed:
             return False
         # It was held when this was sent, and the backend sends again by itself, too: then whoever came, and may be gone
-        # again, came after the release. Only who is there for longer came before it, as after a `break_`.
+        # again, came after the release. Only who is there for longer came before it, as after a `break_`, or has left a
+        # token from before it: tokens are the backend's microseconds, and GONE says that none stands above this one (which
+        # is early by as long as the reply to our claim took: who came so shortly before the release gets the doubt).
         found = await backend.read(held.rid)
-        return found is None or found.age < driver.now() - sent
+        if found is not None:
+            return found.age < driver.now() - sent
+        bound = held.token + micros((sent - held.granted) * (1 - MARGIN))
+        return await backend.release(held.rid, attempt=held.attempt, token=bound) is not Answer.GONE
 
 
 async def extend(driver: Driver, held: Held, lease: float | None) -> None:

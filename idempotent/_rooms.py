@@ -164,6 +164,7 @@ class Held:
         "fence",
         "forks",
         "given_up",
+        "granted",
         "in_line",
         "over",
         "place",
@@ -194,9 +195,11 @@ class Held:
         self.in_line = False
         """It waits at the backend, or has been woken there and has not claimed since."""
         self.begun = 0.0
-        """Monotonic seconds: before the claim was sent."""
+        """Monotonic seconds: before the claim was sent,"""
+        self.granted = 0.0
+        """and after its reply had come."""
         self.valid_until = 0.0
-        """Monotonic seconds until which nobody else can hold the lock."""
+        """Monotonic seconds until which nobody else can hold the lock, unless its record is taken away."""
         self.waited = False
         self._lost = False
         self.over = False

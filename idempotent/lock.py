@@ -1,8 +1,9 @@
 """`Lock`, `AsyncLock` and `@serialized`: one at a time per name, on every backend, with a fencing token.
 
-What a lease-based lock can promise: while `hold.lost` is False nobody else holds the lock. It cannot stop a body that
-is frozen past its lease; the token lets the protected resource refuse it (Martin Kleppmann, "How to do distributed
-locking", 2016).
+What a lease-based lock can promise: while `hold.lost` is False nobody else holds the lock, unless its record was taken
+away (`break_`, a deleted key, a store that forgot it) or the server's clock stepped ahead: then `hold.lost` is told at
+the next heartbeat. It cannot stop a body that is frozen past its lease; the token lets the protected resource refuse it
+(Martin Kleppmann, "How to do distributed locking", 2016).
 """
 
 import contextlib
@@ -54,9 +55,9 @@ class LockInfo:
     attempt: str
     """Hex id of the hold."""
     host: str
-    """The holder's host name."""
+    """The holder's host name; "": the backend does not keep it."""
     pid: int
-    """The holder's process on that host."""
+    """The holder's process on that host; 0: the backend does not keep it."""
     since: float
     """Seconds since it was acquired."""
     lease_left: float
@@ -66,12 +67,12 @@ class LockInfo:
 def _info(record: Record | None) -> LockInfo | None:
     if record is None:
         return None
-    pid, _, host = record.owner.partition("@")
+    pid, _, host = record.owner.partition("@")  # a store may keep no owners
     return LockInfo(
         token=record.token,
         attempt=record.attempt,
         host=host,
-        pid=int(pid),
+        pid=int(pid) if pid.isdecimal() else 0,
         since=record.age,
         lease_left=record.lease_left or 0.0,
     )
@@ -99,8 +100,9 @@ class _Hold:
     def lost(self) -> bool:
         """Whether another may hold the lock by now: the lease ran out unrenewed, or the backend says so.
 
-        Counted on this machine's monotonic clock from before the request was sent, less a margin; asks nobody. Once
-        true it stays true. In a forked child it is true: the hold is the parent's.
+        Counted on this machine's monotonic clock from before the request was sent, less a margin; asks nobody. What
+        takes the record away (`break_`, a deleted key) is noticed at the next heartbeat. Once true it stays true. In a
+        forked child it is true: the hold is the parent's.
         """
         return self._held.lost
 
@@ -493,7 +495,8 @@ class Lock:
         with Lock("account:42", wait=10) as hold:
             ledger.debit(..., fence=hold.token)
 
-    A Lock is immutable and holds nothing: any number of threads may use one. Not re-entrant.
+    A Lock's options never change, and what is held is its Holds': any number of threads may use one. Not re-entrant:
+    a thread that asks for what it holds by the same Backend, or URL, gets a LockError; by another it waits for itself.
 
     Args:
         name: what is locked; at most 1,024 characters.
@@ -630,7 +633,9 @@ class AsyncLock:
         async with AsyncLock("account:42", wait=10) as hold:
             await ledger.debit(..., fence=hold.token)
 
-    An AsyncLock is immutable and holds nothing: any number of tasks, of any event loops, may use one. Not re-entrant.
+    An AsyncLock's options never change, and what is held is its AsyncHolds': any number of tasks, of any event loops, may
+    use one. Not re-entrant: a task that asks for what it holds by the same Backend, or URL, gets a LockError; by another
+    it waits for itself.
 
     Args:
         name: what is locked; at most 1,024 characters.
@@ -824,10 +829,10 @@ LockOf = Callable[[tuple[Any, ...], dict[str, Any]], RecordId]
 def _sync_call(function: Callable[..., Any], options: _Options, lock_of: LockOf) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         plan, rid = options.plan(), lock_of(args, kwargs)
-        hold = _take(plan, rid, plan.wait)
-        if hold is None:
-            raise _timeout(plan, rid)
+        kept: list[Hold] = []
         try:
+            if _take(plan, rid, plan.wait, kept.append) is None:
+                raise _timeout(plan, rid)
             value = function(*args, **kwargs)
             if inspect.iscoroutine(value):
                 value.close()
@@ -835,10 +840,12 @@ def _sync_call(function: Callable[..., Any], options: _Options, lock_of: LockOf)
                     f"{value.__qualname__} is an async function behind a wrapper that is none: it has not run."
                     " Put @serialized directly on the async function"
                 )
-        except BaseException as error:
-            hold._end(error).tell()
+            ending = kept[0]._end(None)
+        except BaseException as error:  # a signal handler's may come as soon as the lock is held, and until it is freed
+            for hold in kept:
+                hold._end(error).tell()
             raise
-        hold._end(None).tell()
+        ending.tell()
         return value
 
     return call

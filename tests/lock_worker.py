@@ -3,7 +3,8 @@
 python lock_worker.py '{"colour": "sync", "options": {"backend": URL, "lease": 2, ...}}'
 
 hold NAME              take the lock and say "held TOKEN", or "busy"; then comes "leave" and "left", or "error CLASS"
-grab NAME FILE         take the lock, add one to the number in FILE, and again, until killed; Ctrl-C ends no more than a try
+grab NAME FILE         take the lock, add one to the number in FILE, and again, until there is FILE.end, and once more; then
+                       comes "grabbed"; Ctrl-C ends no more than a try
 count NAME FILE N M    M threads (tasks) add one to the number in FILE, N times each, under the lock; "counted"
 """
 
@@ -56,22 +57,32 @@ def count(name: str, path: Path, times: int, threads: int, options: dict[str, An
         thread.join()
 
 
+def is_over(path: Path) -> bool:
+    return path.with_suffix(".end").exists()
+
+
 def grab(name: str, path: Path, options: dict[str, Any]) -> None:
-    while True:
+    while not is_over(path):
         with contextlib.suppress(KeyboardInterrupt), Lock(name, **options) as held:
             add_one(path, held.token)
+    with Lock(name, **options) as held:
+        add_one(path, held.token)
 
 
 def grab_async(name: str, path: Path, options: dict[str, Any]) -> None:
-    async def main() -> None:
-        while True:
-            async with AsyncLock(name, **options) as held:
-                await asyncio.sleep(0)
-                add_one(path, held.token)
+    async def once() -> None:
+        async with AsyncLock(name, **options) as held:
+            await asyncio.sleep(0)
+            add_one(path, held.token)
 
-    while True:
+    async def main() -> None:
+        while not is_over(path):
+            await once()
+
+    while not is_over(path):
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(main())
+    asyncio.run(once())
 
 
 async def count_async(name: str, path: Path, times: int, tasks: int, options: dict[str, Any]) -> None:
@@ -98,6 +109,7 @@ def main() -> None:
                 say("left")
             elif verb == "grab":
                 (grab_async if is_async else grab)(name, Path(rest[0]), options)
+                say("grabbed")
             else:
                 path, times, threads = Path(rest[0]), int(rest[1]), int(rest[2])
                 if is_async:

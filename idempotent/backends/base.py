@@ -152,7 +152,8 @@ class Backend(ABC):
         """Give the record up (`_machine.on_release`), and wake those who wait in `changed`.
 
         With `unknown` the record stays and becomes unknown. With `token=None` an unconfirmed claim is withdrawn: it is
-        recognised by its attempt, and where there is no record a tombstone keeps it from being applied later.
+        recognised by its attempt, and where there is no record a tombstone keeps it from being applied later. There is one
+        tombstone: a release that is sent again after another's claim was withdrawn finds that one's, and is told GONE.
         """
 
     @abstractmethod
@@ -170,7 +171,8 @@ class Backend(ABC):
     async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
         """Return when the record may be no longer running under `token`, at the latest after `timeout` seconds.
 
-        Returning early is allowed, missing a change is not: subscribe first, then look, then wait. Reads only. When the
+        Returning early is allowed, missing a change is not: subscribe first, then look, then wait. It changes no record.
+        Of several who wait for a lock the first alone may be told: who was woken claims, or calls `pass_on`. When the
         backend cannot be reached it waits a moment and returns; the caller's next claim tells.
         """
 
