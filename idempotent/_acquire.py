@@ -250,7 +250,7 @@ async def release(driver: Driver, held: Held) -> None:
         held.over = True
     if not freed:
         if not held._lost:
-            held._lost = True
+            held.mark_lost()
             held.report("lease_lost")
         raise not_held(held)
     held.report("released")

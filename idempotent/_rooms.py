@@ -171,6 +171,7 @@ class Held:
         "plan",
         "release_sent",
         "rid",
+        "taken",
         "tell",
         "user",
         "valid_until",
@@ -202,6 +203,8 @@ class Held:
         """Monotonic seconds until which nobody else can hold the lock, unless its record is taken away."""
         self.waited = False
         self._lost = False
+        self.taken = False
+        """Lost within its lease, as the backend says."""
         self.over = False
         """Released, or given away by its end."""
         self.given_up = False
@@ -254,11 +257,15 @@ class Held:
         with rooms.lock:
             if self._lost or self.over or self.inherited:
                 return
-            self._lost = True
+            self.mark_lost()
         rooms.give_up(self)
         self.report("lease_lost")
         if self.tell is not None:
             self.tell(self)
+
+    def mark_lost(self) -> None:
+        """It is lost; the backend says so if its lease has not ended here."""
+        self._lost, self.taken = True, self._driver.now() < self.valid_until
 
     async def beat(self, driver: Driver) -> float | None:
         """Renew the lease once. Seconds until the next beat; None: there is none."""
@@ -529,15 +536,31 @@ if hasattr(os, "register_at_fork"):
 
 def lock_lost(held: Held) -> LockLost:
     """The error that says so."""
+    told = f"the lock {held.rid.digest} was lost: "
+    if held.inherited:
+        return LockLost(f"{told}the hold with token {held.token} is the parent process's; a forked child has none")
+    if held.taken:
+        return LockLost(
+            f"{told}the hold with token {held.token} was {_TAKEN}, and another may hold it."
+            " Let the resource compare tokens"
+        )
     return LockLost(
-        f"the lock {held.rid.digest} was lost: the lease of the hold with token {held.token} ended,"
-        " and another may hold it. Raise lease=, do not block the event loop, and let the resource compare tokens"
+        f"{told}the lease of the hold with token {held.token} ended, and another may hold it."
+        " Raise lease=, do not block the event loop, and let the resource compare tokens"
     )
+
+
+_TAKEN = "taken away (broken by an operator, deleted, or forgotten by the store)"
 
 
 def not_held(held: Held) -> NotHeld:
     """The error that says so."""
+    if held.inherited:
+        why = "it is the parent process's"
+    elif held.taken:
+        why = f"it was {_TAKEN}"
+    else:
+        why = "its lease had ended" if held._lost else "it was released"
     return NotHeld(
-        f"the lock {held.rid.digest} is not held by this hold (token {held.token}): it was released, it is another"
-        " process's, or its lease ended and another holds it. Nothing was freed"
+        f"the lock {held.rid.digest} is not held by this hold (token {held.token}): {why}. Nothing was freed"
     )

@@ -1095,12 +1095,12 @@ def test_a_body_that_another_overtook_is_told_though_that_one_has_left(
         )  # the other's token is told from a later one by as much as the reply to our claim may have taken
         time.sleep(0.01 + 2 * (held.granted - held.begun))
 
-    with pytest.raises(LockLost):
+    with pytest.raises(LockLost, match="taken away"):
         kind.body(kind.lock(backend=backend_url), overtake)
     assert "lease_lost" in told
     hold = kind.lock(backend=backend_url).acquire()
     overtake(hold)
-    with pytest.raises(NotHeld):
+    with pytest.raises(NotHeld, match="taken away"):
         hold.release()
 
 
