@@ -8,7 +8,8 @@ A step is a record of its own, in a key space of its own:
 
 **Places.** A step is known by its place, and its record says, as the fingerprint, which name and arguments it was
 recorded for. So a run that takes another way than the one recorded is told before it does anything there. A step that
-raised gives its place back: whoever tries it again is where the run that succeeded at once would be.
+raised gives its place back: whoever tries it again gets that one, where the run that succeeded at once would be; another
+step gets the first that is free, so that a rerun which asks for the one that raised is told.
 
 **Exclusion.** The call's own claim is what keeps two runs apart; a step's claim only says who wrote it. Another's step
 that is still running belongs to a run before this one, or to one after it. The call's claim tells: if it still stands
@@ -27,7 +28,6 @@ inside a step is refused: the run that replays the outer one would not ask for t
 
 import contextlib
 import copy
-import heapq
 import inspect
 import math
 import os
@@ -96,21 +96,25 @@ class _Journal:
         """0: not known yet."""
         self.making = threading.Lock()
         """Held by whoever finds the epoch; tried, and never waited for."""
-        self._free: list[int] = []
+        self._free: dict[int, bytes] = {}
+        """The places that were given back, and the fingerprint of the step that had each."""
         self._next = 0
 
-    def take(self) -> int:
-        """The place of the next step."""
+    def take(self, fingerprint: bytes) -> int:
+        """The place of the next step: its own from before, else the first that is free."""
         with _places:
             if self._free:
-                return heapq.heappop(self._free)
+                own = [place for place, freed in self._free.items() if freed == fingerprint]
+                place = min(own or self._free)
+                del self._free[place]
+                return place
             self._next += 1
             return self._next - 1
 
-    def give_back(self, place: int) -> None:
-        """Nothing was done there."""
+    def give_back(self, place: int, fingerprint: bytes) -> None:
+        """Nothing was done there, by the step of that fingerprint."""
         with _places:
-            heapq.heappush(self._free, place)
+            self._free[place] = fingerprint
 
 
 class Step:
@@ -157,7 +161,7 @@ class Step:
         with _places:
             if call._journal is None:
                 call._journal = _Journal()
-        self.place: int = call._journal.take()
+        self.place: int = call._journal.take(self.fingerprint)
         self.run: Run | None = None
         """As which it is claimed; None: it is not claimed yet."""
         self.over = False
@@ -373,10 +377,11 @@ async def drop(_driver: Driver, step: Step, error: BaseException) -> None:
     """Give the place of a step back that raised, so that it may be tried again; never masks `error`."""
     if not isinstance(error, Exception):
         return  # a crash as far as anybody knows: the next run takes over what was begun
-    step.call._journal.give_back(step.place)
     run = step.run
-    if run is not None and run.token is not None:
-        try:
+    try:
+        if run is not None and run.token is not None:
             await run.plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
-        except BackendError as failure:  # whoever tries it again takes it over
-            step.parent.report("backend_error", error=failure)
+    except BackendError as failure:  # whoever tries it again takes it over
+        step.parent.report("backend_error", error=failure)
+    finally:  # and not before: another step there would meet this one's claim
+        step.call._journal.give_back(step.place, step.fingerprint)

@@ -29,6 +29,7 @@ from idempotent import (
     Encrypted,
     InProgress,
     LeaseLost,
+    LocalBackend,
     NotApplied,
     OutcomeUnknown,
     PickleSerializer,
@@ -283,6 +284,78 @@ def test_a_step_that_raised_is_tried_again_in_its_place(backend_url: str, colour
     tries.append(AssertionError("it is recorded"))
     colour.call(sell)
     assert done == ["charge", "last"]
+
+
+def test_steps_at_the_same_time_that_raised_are_each_tried_again_in_their_own_place() -> None:
+    done: list[str] = []
+    broken = [True]
+
+    async def sell() -> None:
+        call = current_call()
+        assert call is not None
+        mail_asked = asyncio.Event()
+
+        async def card() -> None:
+            await mail_asked.wait()
+            if broken:
+                raise ConnectionError
+            done.append("card")
+
+        async def mail() -> None:
+            mail_asked.set()
+            if broken:
+                raise ConnectionError
+            done.append("mail")
+
+        first = await asyncio.gather(call.step("card", card), call.step("mail", mail), return_exceptions=True)
+        if broken:
+            assert [type(error) for error in first] == [ConnectionError] * 2
+            broken.clear()
+            await call.step("mail", mail)  # the second is tried again before the first
+            await call.step("card", card)
+            raise CrashError
+
+    work = idempotent(key="k", backend=LocalBackend())(sell)
+    with pytest.raises(CrashError):
+        asyncio.run(work())
+    asyncio.run(work())
+    assert done == ["mail", "card"]
+
+
+def test_the_place_of_a_step_that_raised_is_free_once_its_claim_is_released() -> None:
+    backend = LocalBackend()
+    view = backend.asynchronous()
+    release, done = view.release, []
+
+    async def sell() -> None:
+        call = current_call()
+        assert call is not None
+        released, other = asyncio.Event(), asyncio.Event()
+
+        async def late(*args: Any, **options: Any) -> Any:
+            released.set()
+            await other.wait()
+            return await release(*args, **options)
+
+        async def card() -> None:
+            raise ConnectionError
+
+        async def mail() -> None:
+            done.append("mail")
+
+        view.release = late  # type: ignore[method-assign]
+        card_step = asyncio.create_task(call.step("card", card))
+        await released.wait()
+        try:
+            await call.step("mail", mail)
+        finally:
+            other.set()
+        with pytest.raises(ConnectionError):
+            await card_step
+        view.release = release  # type: ignore[method-assign]
+
+    asyncio.run(idempotent(key="k", backend=backend)(sell)())
+    assert done == ["mail"]
 
 
 def both(colour: Colour, function: Callable[..., Any]) -> Any:
