@@ -74,9 +74,10 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         except Blocked as blocked:
             if until is not None and driver.now() >= until:
                 run.report("busy")
-                raise InProgress(
-                    rid.digest, retry_after=1.0, detail="another transaction that holds it has not ended"
-                ) from blocked.__cause__
+                holder = "another transaction that holds it has not ended"
+                if place.name == "sqlite":  # it does not say who holds what
+                    holder = "or anything else writes to this file, where one transaction writes at a time"
+                raise InProgress(rid.digest, retry_after=1.0, detail=holder) from blocked.__cause__
         if not run.waited:
             run.waited = True
             run.report("waited")

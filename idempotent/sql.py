@@ -65,7 +65,10 @@ def insert_once(
 
     Raises:
         ValueError: the key is not among `values`, or names no column.
+        TypeError: the class is stored in several tables (joined inheritance); nothing was sent.
         sqlalchemy.exc.IntegrityError: the row breaks another constraint.
+        sqlalchemy.exc.NoResultFound: the row that has the key was deleted at this moment, or is of another class;
+            nothing was inserted.
         sqlalchemy.exc.OperationalError, ProgrammingError: `key_column` has no unique constraint (PostgreSQL, SQLite).
     """
     return _insert_once(subject_of(session, is_async=False), target, _listed(key_column), values)
@@ -149,6 +152,21 @@ class _Target:
             raise ValueError(f"{self.table.name} has no column {name!r}; there are {', '.join(self._columns)}")
         return cast("sa.Column[Any]", self._columns[name])
 
+    def kind(self) -> dict[sa.Column[Any], Any]:
+        """What tells the rows of this class from those of others in its table. Raises TypeError if it has several."""
+        if isinstance(self.target, sa.Table):
+            return {}
+        mapper = cast("Mapper[Any]", sa.inspect(self.target))
+        if len(mapper.tables) > 1:
+            raise TypeError(
+                f"a {mapper.class_.__name__} is stored in several tables ({', '.join(map(str, mapper.tables))}), and one"
+                " insert makes a row of one; insert_once the row that has the key by its Table, the others after it"
+            )
+        told = mapper.polymorphic_on
+        if mapper.polymorphic_identity is None or not isinstance(told, sa.Column) or told.table is not self.table:
+            return {}
+        return {told: mapper.polymorphic_identity}
+
     def by_column(self, values: Mapping[str, Any]) -> dict[sa.Column[Any], Any]:
         """`values` by the table's own columns."""
         return {self.column(name): value for name, value in values.items()}
@@ -165,7 +183,7 @@ def _insert_once(
     place: Session | sa.Connection, target: Any, key_columns: list[Column], values: Mapping[str, Any]
 ) -> tuple[Any, bool]:
     aim = _Target(place, target)
-    row = aim.by_column(values)
+    row = {**aim.kind(), **aim.by_column(values)}
     keys = [aim.column(key) for key in key_columns]
     for key in keys:
         if row.get(key) is None:
@@ -179,21 +197,30 @@ def _insert_once(
         statement = insert(aim.table).values(row).on_conflict_do_nothing(index_elements=keys).returning(*keys)
         with place.begin_nested():
             created = place.execute(statement).first() is not None
-        found = _one(place, aim, query)
+            found = _found(place, aim, query)
     else:
         try:
             with place.begin_nested():
                 place.execute(sa.insert(aim.table).values(row))
+                found = _found(place, aim, query)
             created = True
-            found = _one(place, aim, query)
         except exc.IntegrityError:
             created = False
             found = _one(place, aim, query)
             if found is None:
                 raise  # it is another constraint that the row breaks
-    if found is None:
-        raise exc.NoResultFound(f"the row of {aim.table.name} was deleted at this moment; retry the transaction")
     return found, created
+
+
+def _found(place: Session | sa.Connection, aim: _Target, query: Any) -> Any:
+    """The row; inside the insert's savepoint, so that one which the class does not show is not left behind."""
+    found = _one(place, aim, query)
+    if found is None:
+        raise exc.NoResultFound(
+            f"no row of {aim.table.name} with this key is seen: it was deleted at this moment (then retry the"
+            " transaction), or is of another class than the one that was given"
+        )
+    return found
 
 
 def _one(place: Session | sa.Connection, aim: _Target, query: Any) -> Any:

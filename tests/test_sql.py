@@ -40,7 +40,8 @@ from idempotent._drive import drive
 from idempotent._options import split_url
 from idempotent._record import Answer, Busy, Granted, RecordId, Row, Settled, Unknown
 from idempotent.backends import _engines, _statements
-from idempotent.backends.sql import records_table
+from idempotent.backends._caller import _is_blocked
+from idempotent.backends.sql import _is_missing, _is_transient, records_table
 
 A, B = b"attemptA", b"attemptB"
 ARGS = b"f" * 16
@@ -433,6 +434,19 @@ def test_ended_connections_between_calls_and_during_one_are_made_again(
     end_connections(own_server)
     assert colour.call(work, 2) == 2
     assert ended >= 3
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pg8000"])
+def test_what_a_driver_of_postgresql_says_is_understood(driver: str) -> None:
+    def error(state: str) -> sa.exc.DBAPIError:
+        cause: Any = Exception({"C": state, "M": "words"} if driver == "pg8000" else "words")
+        if driver != "pg8000":
+            setattr(cause, "pgcode" if driver == "psycopg2" else "sqlstate", state)
+        return sa.exc.DBAPIError("SELECT", {}, cause)
+
+    assert _is_missing(error("42P01")) and not _is_missing(error("42703"))
+    assert _is_transient(error("40001")) and not _is_transient(error("42703"))
+    assert _is_blocked(error("55P03")) and not _is_blocked(error("40001"))
 
 
 @on_postgres

@@ -47,6 +47,23 @@ class Account(Base):
     version: Mapped[int] = mapped_column(default=1)
 
 
+class Refund(Base):
+    __tablename__ = "refund"
+    reference: Mapped[str] = mapped_column(sa.String(40), primary_key=True)
+    kind: Mapped[str | None] = mapped_column(sa.String(10))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "refund"}  # noqa: RUF012
+
+
+class CardRefund(Refund):
+    __mapper_args__ = {"polymorphic_identity": "card"}  # noqa: RUF012
+
+
+class PostedRefund(Refund):
+    __tablename__ = "posted_refund"
+    reference: Mapped[str] = mapped_column(sa.ForeignKey("refund.reference"), primary_key=True)
+    __mapper_args__ = {"polymorphic_identity": "posted"}  # noqa: RUF012
+
+
 PAYMENT, ACCOUNT = Payment.__table__, Account.__table__
 
 
@@ -204,6 +221,22 @@ def test_what_the_session_holds_back_is_seen(bank: Bank) -> None:
         transaction.subject.add(pending)
         found, created = transaction.call(once(bank, Payment, "reference", {"reference": "r-1", "amount": 5}))
         assert (found is pending, created) == (True, False)
+
+
+@sync_banks
+def test_a_row_is_of_the_class_that_was_given_and_one_of_several_tables_is_refused(bank: Bank) -> None:
+    with bank.transaction() as transaction:
+        for mapped, key in ((CardRefund, "card"), (Refund, "refund")):
+            for created in (True, False):
+                row, made = transaction.do(once(bank, mapped, "reference", {"reference": key}))
+                assert (type(row), row.kind, made) == (mapped, key, created)
+        with pytest.raises(TypeError, match="several tables"):
+            transaction.do(once(bank, PostedRefund, "reference", {"reference": "posted"}))
+        other = {"reference": "other", "kind": "refund"}  # a row that the class given would not show
+        with pytest.raises(exc.NoResultFound, match="another class"):
+            transaction.do(once(bank, CardRefund, "reference", other))
+        transaction.commit()
+    assert count(bank, Refund.__table__) == 2
 
 
 @sync_banks

@@ -311,6 +311,15 @@ def test_when_wait_runs_out_the_losers_own_work_and_settings_stay(bank: Bank, wa
     assert pay.stats()["busy"] == 1
 
 
+@on("sqlite")
+def test_on_sqlite_it_is_told_that_whoever_writes_holds_all_up(bank: Bank) -> None:
+    pay = bank.define(deposit, key="{account}", wait=0)
+    with bank.transaction() as first, bank.transaction() as second:
+        first.do(lambda session: deposit(session, "other", 1))  # by nobody's key
+        with pytest.raises(InProgress, match="or anything else writes to this file"):
+            second.call(pay, "a", 5)
+
+
 @on("sqlite", "postgres", "mariadb")
 def test_the_settings_are_the_callers_again_after_a_call_too(bank: Bank) -> None:
     pay = bank.define(deposit, key="{account}", wait=3)

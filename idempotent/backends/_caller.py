@@ -32,7 +32,7 @@ from idempotent import _machine as machine
 from idempotent._record import Answer, Busy, Claim, Granted, Record, RecordId, Row, State, describe
 from idempotent.backends._engines import DIALECTS
 from idempotent.backends._statements import Statements, _row, records_table
-from idempotent.backends.sql import SQLBackend, _is_missing
+from idempotent.backends.sql import SQLBackend, _code, _is_missing
 from idempotent.errors import BackendError, CallError
 
 __all__ = ["Blocked", "CallersTransaction", "begun", "connection_of", "subject_of"]
@@ -412,11 +412,7 @@ def _is_blocked(error: exc.DBAPIError) -> bool:
     code = getattr(cause, "sqlite_errorcode", None)
     if code is not None:
         return bool(code & 0xFF == 5 and code != _BUSY_SNAPSHOT)
-    number = cause.args[0] if cause.args else None
-    if isinstance(number, dict):  # pg8000
-        number = number.get("C")
-    states = (number, getattr(cause, "sqlstate", None), getattr(cause, "pgcode", None))
-    return "55P03" in states or number in (1205, 3572)
+    return _code(error) in ("55P03", 1205, 3572)
 
 
 _BUSY_SNAPSHOT = 517

@@ -168,7 +168,7 @@ def _descriptor(connection: Any) -> int | None:
     """The socket of a driver's connection; None: the driver has deadlines of its own, or is not known."""
     if hasattr(connection, "fileno"):  # psycopg
         return int(connection.fileno())
-    found = getattr(connection, "_sock", None)  # pymysql
+    found = getattr(connection, "_usock", None) or getattr(connection, "_sock", None)  # pg8000; pymysql
     return None if found is None else int(found.fileno())
 
 

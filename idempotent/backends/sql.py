@@ -324,8 +324,12 @@ def _cause(error: Exception) -> Any:
 def _code(error: Exception) -> Any:
     """The error number of MySQL and MariaDB, else the SQLSTATE; None where the driver gives neither."""
     cause = _cause(error)
-    number = cause.args[0] if cause.args else None
-    return number if isinstance(number, int) else getattr(cause, "sqlstate", None)
+    said = cause.args[0] if cause.args else None
+    if isinstance(said, dict):  # pg8000
+        return said.get("C")
+    if isinstance(said, int):
+        return said
+    return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)  # the latter: psycopg2
 
 
 def _words(error: Exception) -> str:
