@@ -314,6 +314,7 @@ def test_steps_at_the_same_time_that_raised_are_each_tried_again_in_their_own_pl
             await call.step("mail", mail)  # the second is tried again before the first
             await call.step("card", card)
             raise CrashError
+        assert first == [None, None]
 
     work = idempotent(key="k", backend=LocalBackend())(sell)
     with pytest.raises(CrashError):
