@@ -37,6 +37,8 @@ _TIMES = 8
 """As often may it in any case."""
 _LATE = 10
 """So many claims in a row, if there is time, may be confirmed only after their lease before it is taken to be too short."""
+_AFTER_ALL = 1.0
+"""Seconds at the most to take back a claim that has had no answer in time: its connection may be dead, its server alive."""
 
 
 async def acquire(driver: Driver, held: Held, wait: float | None) -> bool:
@@ -209,8 +211,8 @@ async def _still_ours(driver: Driver, held: Held) -> bool:
 async def withdraw(driver: Driver, held: Held, error: BaseException) -> None:
     """End an acquisition that raised, so that nothing stays locked and no wake-up is kept; never masks `error`.
 
-    A server that does not answer makes a withdrawal cost a deadline more: not worth it unless the caller was
-    interrupted, as the lease ends by itself.
+    A server that does not answer makes a withdrawal cost another deadline, as the lease ends by itself a short one
+    unless the caller was interrupted.
     """
     try:
         if held.inherited or held.over:
@@ -219,8 +221,11 @@ async def withdraw(driver: Driver, held: Held, error: BaseException) -> None:
             await driver.still(held)
             if held.fence is not None and not held.claiming:
                 await release(driver, held)
-            elif held.claiming and (driver.now() < held.answer_due or not isinstance(error, Exception)):
-                await held.plan.backend.release(held.rid, attempt=held.attempt, token=None)
+            elif held.claiming:
+                backend = held.plan.backend
+                if driver.now() >= held.answer_due and isinstance(error, Exception):
+                    backend = backend.within(_AFTER_ALL)
+                await backend.release(held.rid, attempt=held.attempt, token=None)
         except (BackendError, NotHeld) as failure:
             held.report("backend_error", error=failure)
         # Before the next of this process comes first, who would be taken out of the line in its stead.

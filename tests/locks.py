@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from faulty import Faulty
+from proxy import Proxy
 
 from idempotent import (
     AsyncLock,
@@ -134,3 +136,11 @@ async def wipe(url: str, rid: RecordId) -> None:
         await view._run(
             lambda connection: connection.execute(backend.table.delete().where(backend.table.c.id == rid.digest)), 5
         )
+
+
+@contextlib.contextmanager
+def through_proxy(url: str) -> Iterator[tuple[str, Proxy]]:
+    parts = urlsplit(url)
+    with Proxy(parts.hostname or "127.0.0.1", parts.port or 6379) as proxy:
+        user, at, _ = parts.netloc.rpartition("@")
+        yield urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}")), proxy

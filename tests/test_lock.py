@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from faulty import Faulty
-from locks import Kind, Loop, and_, apart, start, waiting, wipe
+from locks import Kind, Loop, and_, apart, start, through_proxy, waiting, wipe
 from probes import eventually
 from test_cancel import only_this_task
 
@@ -1022,6 +1022,21 @@ def test_a_claim_whose_reply_is_lost_leaves_no_lock(kind: Kind, backend_url: str
         backend.plant("claim", when)  # type: ignore[arg-type]
         with pytest.raises(BackendUnavailable):
             lock.acquire()
+        hold = kind.lock(backend=backend_url).acquire(wait=0)
+        assert hold is not None
+        hold.release()
+
+
+@pytest.mark.parametrize("backend_url", ["redis", "postgres", "mariadb"], indirect=True)
+def test_a_claim_whose_reply_never_comes_leaves_no_lock(kind: Kind, backend_url: str) -> None:
+    with through_proxy(backend_url) as (url, proxy):
+        lock = kind.lock(backend=f"{url}&timeout=1")
+        assert not lock.locked()  # connected
+        proxy.mute()  # the claim arrives, and is applied
+        try:
+            lock.acquire().release()
+        except BackendUnavailable:
+            pass
         hold = kind.lock(backend=backend_url).acquire(wait=0)
         assert hold is not None
         hold.release()

@@ -21,9 +21,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from faulty import Faulty
-from locks import Kind, and_, apart, start
+from locks import Kind, and_, apart, start, through_proxy
 from probes import eventually
-from proxy import Proxy
 
 from idempotent import (
     AsyncLock,
@@ -109,7 +108,7 @@ def test_processes_count_right_while_their_connections_are_reset(
     times, apart = (8, 0.03) if is_redis else (4, 0.3)
     path = tmp_path / "count"
     path.write_text("0 0\n")
-    with _through_proxy(shared_backend_url) as (url, proxy):
+    with through_proxy(shared_backend_url) as (url, proxy):
         workers = [hire(backend=url) for _ in range(4)]
         done = start(_count, workers, path, times)
         while not done.done():
@@ -117,14 +116,6 @@ def test_processes_count_right_while_their_connections_are_reset(
             time.sleep(apart)
         done.result()
     _assert_counted(path, 4 * 4 * times)
-
-
-@contextlib.contextmanager
-def _through_proxy(url: str) -> Iterator[tuple[str, Proxy]]:
-    parts = urlsplit(url)
-    with Proxy(parts.hostname or "127.0.0.1", parts.port or 6379) as proxy:
-        user, at, _ = parts.netloc.rpartition("@")
-        yield urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}")), proxy
 
 
 def _count(workers: list[Worker], path: Path, times: int) -> None:
