@@ -280,8 +280,12 @@ async def _send_release(driver: Driver, held: Held) -> bool:
             continue
         if answer is Answer.DONE or sent_before:
             return True  # what was sent before may have been applied, and another holds it since
-        if answer is Answer.GONE or lapsed:
+        if lapsed:
             return False
+        if answer is Answer.GONE:
+            # One that took so long may have been sent again by the backend itself, and another's claim that was taken back
+            # since has left its tombstone in the place of ours.
+            return driver.now() - sent >= backend.timeout / 2
         # It was held when this was sent, and the backend sends again by itself, too: then whoever came, and may be gone
         # again, came after the release. Only who is there for longer came before it, as after a `break_`, or has left a
         # token from before it: tokens are the backend's microseconds, and GONE says that none stands above this one (which

@@ -85,14 +85,14 @@ def _without_claim(plan: Plan) -> Observed | None:
     return None if plan.run_on_outage else "would_refuse"
 
 
-async def _withdraw(driver: Driver, watch: Watch) -> None:
+async def _withdraw(watch: Watch) -> None:
     """Take back a claim without an answer: it may have been applied, or may be yet."""
     run = watch.run
     try:
         await run.plan.backend.release(run.rid, attempt=run.attempt, token=None)
         run.claiming = False
-    except Exception as failure:
-        _failed(watch, driver, failure)
+    except Exception as failure:  # the claim's own error has said what enforcement would do
+        _report(run.plan, "backend_error", digest=run.rid.digest, error=failure)
 
 
 async def begin(driver: Driver, watch: Watch) -> None:
@@ -127,7 +127,7 @@ async def begin(driver: Driver, watch: Watch) -> None:
     except Exception as error:  # of a backend that breaks its contract, or for want of a thread, too
         _failed(watch, driver, error)
         if run.claiming and driver.now() < run.answer_due:  # the backend answers at all
-            await _withdraw(driver, watch)
+            await _withdraw(watch)
         return
     if isinstance(reply, Granted):
         run.report("taken_over" if reply.took_over else "claimed")
@@ -158,12 +158,14 @@ async def end(driver: Driver, watch: Watch, value: Any = None, error: BaseExcept
         except Exception as failure:
             _failed(watch, driver, failure)
             _report(run.plan, "not_stored", digest=run.rid.digest, token=run.token, error=failure)
+        finally:
+            await driver.still(run)
     elif isinstance(watch.reply, Settled):
         _compare(run, watch.reply, value, error)
     elif run.claiming:
         interrupted = error is not None and not isinstance(error, Exception)
         if interrupted or not run.plan.takeover:  # elsewhere not worth a second more: the next call takes over
-            await _withdraw(driver, watch)
+            await _withdraw(watch)
     watch.over = True
 
 

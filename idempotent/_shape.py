@@ -32,45 +32,66 @@ def digest_of(annotation: Any) -> bytes:
 
     Raises NameError for a name in a class that is not defined yet.
     """
-    return hashlib.blake2b(_shape(annotation, ()).encode(), digest_size=LENGTH).digest()
+    shapes = _Shapes()
+    shapes.of(annotation)
+    # Classes may hold each other, so none can be written out in full. What each looks like from near, and which there
+    # are, tells as much, and does not depend on the order of the walk.
+    for _ in range(2):
+        shapes.names = {found: shapes.described(*found) for found in shapes.classes}
+    text = f"{shapes.of(annotation)};{','.join(sorted(set(shapes.names.values())))}"
+    return hashlib.blake2b(text.encode(), digest_size=LENGTH).digest()
 
 
-def _shape(annotation: Any, inside: tuple[tuple[type, str], ...]) -> str:
-    """`inside`: the classes that this is a field of."""
-    if isinstance(annotation, typing.NewType):
-        return _shape(annotation.__supertype__, inside)
-    if isinstance(annotation, typing.TypeVar):
-        return _shape(annotation.__bound__ or Any, inside)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    alias = origin or annotation
-    if hasattr(alias, "__value__"):  # type Name = ..., type Pair[T] = ...
-        inner = ",".join(_shape(each, inside) for each in arguments)
-        return _shape(alias.__value__, inside) + (f"[{inner}]" if inner else "")
-    if origin is typing.Annotated or str(origin).rpartition(".")[2] in _ABOUT_FIELDS:
-        return _shape(arguments[0], inside)
-    if origin in (typing.Union, types.UnionType):
-        members = sorted({_shape(each, inside) for each in arguments if each is not types.NoneType})
-        return "|".join(members)
-    if origin is typing.Literal:
-        return "|".join(sorted({type(each).__qualname__ for each in arguments if each is not None}))
-    kind = origin or annotation
-    if not isinstance(kind, type):
-        return repr(annotation)
-    if issubclass(kind, enum.Enum):
-        return "enum:" + ",".join(sorted({type(each.value).__qualname__ for each in kind}))
-    inner = ",".join("..." if each is Ellipsis else _shape(each, inside) for each in arguments)
-    name = _BUILT_AS.get(kind)
-    if name is not None:
-        return f"{name}[{inner}]" if set(arguments) - {Any} else name
-    if kind.__module__ == "builtins" or not getattr(kind, "__annotations__", None):
-        return f"{kind.__qualname__}[{inner}]" if inner else kind.__qualname__
-    if (kind, inner) in inside:
-        return f"#{inside.index((kind, inner))}"
-    return _fields(kind, (*inside, (kind, inner))) + (f"[{inner}]" if inner else "")
+class _Shapes:
+    """The shapes of an annotation's parts, and the classes that were met."""
+
+    def __init__(self) -> None:
+        self.classes: dict[tuple[type, str], tuple[str, bool, dict[str, Any]]] = {}
+        """By class and arguments: what sort it is, whether its fields have an order, and the fields."""
+        self.names: dict[tuple[type, str], str] = {}
+
+    def of(self, annotation: Any) -> str:
+        if isinstance(annotation, typing.NewType):
+            return self.of(annotation.__supertype__)
+        if isinstance(annotation, typing.TypeVar):
+            return self.of(annotation.__bound__ or Any)
+        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        alias = origin or annotation
+        if hasattr(alias, "__value__"):  # type Name = ..., type Pair[T] = ...
+            inner = ",".join(map(self.of, arguments))
+            return self.of(alias.__value__) + (f"[{inner}]" if inner else "")
+        if origin is typing.Annotated or str(origin).rpartition(".")[2] in _ABOUT_FIELDS:
+            return self.of(arguments[0])
+        if origin in (typing.Union, types.UnionType):
+            return "|".join(sorted({self.of(each) for each in arguments if each is not types.NoneType}))
+        if origin is typing.Literal:
+            return "|".join(sorted({type(each).__qualname__ for each in arguments if each is not None}))
+        kind = origin or annotation
+        if not isinstance(kind, type):
+            return repr(annotation)
+        if issubclass(kind, enum.Enum):
+            return "enum:" + ",".join(sorted({type(each.value).__qualname__ for each in kind}))
+        inner = ",".join("..." if each is Ellipsis else self.of(each) for each in arguments)
+        name = _BUILT_AS.get(kind)
+        if name is not None:
+            return f"{name}[{inner}]" if set(arguments) - {Any} else name
+        if kind.__module__ == "builtins" or not getattr(kind, "__annotations__", None):
+            return f"{kind.__qualname__}[{inner}]" if inner else kind.__qualname__
+        found = kind, ",".join(map(repr, arguments))
+        if found not in self.classes:
+            self.classes[found] = _fields(kind)
+            for part in (*self.classes[found][2].values(), *arguments):
+                self.of(part)
+        return f"{self.names.get(found, '*')}[{inner}]"
+
+    def described(self, kind: type, arguments: str) -> str:
+        """A class by its fields, as they are called in what is kept."""
+        sort, has_order, fields = self.classes[kind, arguments]
+        told = ",".join(f"{name}:{self.of(fields[name])}" for name in (fields if has_order else sorted(fields)))
+        return hashlib.blake2b(f"{sort}{{{told}}}".encode(), digest_size=8).hexdigest()
 
 
-def _fields(kind: type, inside: tuple[tuple[type, str], ...]) -> str:
-    """The shape of a class by its fields, as they are called in what is kept. Those of a row have an order."""
+def _fields(kind: type) -> tuple[str, bool, dict[str, Any]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     own = {name: part for name, part in hints.items() if typing.get_origin(part) is not typing.ClassVar}
     is_row, tag = issubclass(kind, tuple), ""
@@ -80,5 +101,4 @@ def _fields(kind: type, inside: tuple[tuple[type, str], ...]) -> str:
         own = {encoded: own[name] for encoded, name in names}
         is_row, tag = config.array_like, f"{config.tag_field}={config.tag}"
     sort = "row" if is_row else "dict" if typing.is_typeddict(kind) else "object"
-    fields = (f"{name}:{_shape(own[name], inside)}" for name in (own if is_row else sorted(own)))
-    return f"{sort}{tag}{{{','.join(fields)}}}"
+    return sort + tag, is_row, own

@@ -383,5 +383,5 @@ async def drop(_driver: Driver, step: Step, error: BaseException) -> None:
             await run.plan.backend.release(run.rid, attempt=run.attempt, token=run.token)
     except BackendError as failure:  # whoever tries it again takes it over
         step.parent.report("backend_error", error=failure)
-    finally:  # and not before: another step there would meet this one's claim
-        step.call._journal.give_back(step.place, step.fingerprint)
+    # Not before, when another step there would meet this one's claim; and once: what is interrupted is run again.
+    step.call._journal.give_back(step.place, step.fingerprint)

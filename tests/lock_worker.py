@@ -63,7 +63,7 @@ def is_over(path: Path) -> bool:
 
 def grab(name: str, path: Path, options: dict[str, Any]) -> None:
     while not is_over(path):
-        with contextlib.suppress(KeyboardInterrupt), Lock(name, **options) as held:
+        with Lock(name, **options) as held:
             add_one(path, held.token)
     with Lock(name, **options) as held:
         add_one(path, held.token)
@@ -79,9 +79,7 @@ def grab_async(name: str, path: Path, options: dict[str, Any]) -> None:
         while not is_over(path):
             await once()
 
-    while not is_over(path):
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(main())
+    asyncio.run(main())
     asyncio.run(once())
 
 
@@ -108,7 +106,11 @@ def main() -> None:
                 asyncio.run(hold_async(name, options)) if is_async else hold(name, options)
                 say("left")
             elif verb == "grab":
-                (grab_async if is_async else grab)(name, Path(rest[0]), options)
+                done = False
+                while not done:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        (grab_async if is_async else grab)(name, Path(rest[0]), options)
+                        done = True
                 say("grabbed")
             else:
                 path, times, threads = Path(rest[0]), int(rest[1]), int(rest[2])

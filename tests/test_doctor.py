@@ -15,6 +15,7 @@ import psycopg
 import pymysql
 import pytest
 import redis
+import sqlalchemy as sa
 from servers import RedisCluster, Server, start_mariadb, start_postgres, start_redis, start_sentinel
 
 from idempotent import idempotent
@@ -576,7 +577,7 @@ def test_a_file_that_another_has_locked_is_not_taken_for_a_right_that_is_missing
     assert main(["migrate", url]) == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as other:
         other.execute(f"BEGIN {mode}")
-        report = doctor(f"{url}?timeout=0.2")
+        report = doctor(f"{url}?timeout=1")
     assert (report.verdict, report.reasons) == (RETRIES, {"unseen"})
     assert "permissions" not in report.findings
     assert "locked" in report.findings["unseen"].found
@@ -588,8 +589,22 @@ def test_a_table_that_another_has_locked_is_not_taken_for_a_right_that_is_missin
     url = on_postgres()
     with psycopg.connect(url) as other:
         other.execute("LOCK TABLE idempotent_records")
-        report = doctor(f"{url}?timeout=0.3")
+        report = doctor(f"{url}?timeout=1")
     assert (report.verdict, report.reasons) == (RETRIES, {"unseen"})
+
+
+def test_a_table_that_the_user_may_not_even_look_at_is_not_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doctor: Doctor
+) -> None:
+    def refused(backend: Any) -> Any:
+        def look(connection: Any) -> Any:
+            raise sa.exc.OperationalError("DESCRIBE", {}, Exception(1142, "DESCRIBE command denied to user"))
+
+        return look
+
+    monkeypatch.setattr(doctor_sql, "_table_of", refused)
+    report = doctor(f"sqlite:///{tmp_path}/records.db")
+    assert (report.verdict, report.reasons) == (UNSAFE, {"table"})
 
 
 def test_a_server_that_stops_answering_midway_is_told_with_what_was_found_before(
@@ -598,10 +613,10 @@ def test_a_server_that_stops_answering_midway_is_told_with_what_was_found_before
     def frozen(*_: Any) -> Any:
         raise TimeoutError
 
-    async def answers_no_more(*_: Any) -> Any:
+    async def answers_no_more(*_: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(doctor_sql, "_answers", frozen)
-            return await cut_short(*_)
+            return await cut_short(*_, **options)
 
     cut_short = doctor_sql._cut_short
     monkeypatch.setattr(doctor_sql, "_permissions", frozen)

@@ -1039,6 +1039,25 @@ def test_a_claim_whose_reply_never_comes_leaves_no_lock(kind: Kind, backend_url:
         hold.release()
 
 
+def test_a_release_that_its_backend_sends_again_after_a_stall_is_no_loss() -> None:
+    """Meanwhile another's claim, without an answer too, was taken back: its tombstone stands in the place of ours."""
+
+    class Stalled(Faulty):
+        def blocking(self) -> Backend:
+            return self
+
+        async def release(self, rid: RecordId, **given: Any) -> Any:
+            await self.inner.release(rid, **given)
+            await self.inner.release(rid, attempt=b"another's"[:8], token=None)
+            time.sleep(self.timeout / 2)
+            return await self.inner.release(rid, **given)
+
+    stalled = Stalled(LocalBackend())
+    stalled.timeout = 0.1
+    with Lock("l", backend=stalled):
+        pass
+
+
 def test_a_release_whose_reply_is_lost_is_a_release(kind: Kind, backend_url: str) -> None:
     backend = Faulty(open_backend(backend_url))
     lock = kind.lock(backend=backend)

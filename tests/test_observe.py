@@ -226,6 +226,7 @@ def test_a_claim_that_could_not_be_taken_back_at_once_is_when_the_function_has_e
     faulty.refuse("release")
     assert colour.call(count, "o-1", 5) == 1
     assert faulty.calls == ["claim", "release", "release"]
+    assert [event.observed for event in seen if event.name == "backend_error"] == ["would_refuse", None]  # one call
     assert colour.call(count.peek, "o-1", 5) is None
 
 

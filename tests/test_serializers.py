@@ -1091,6 +1091,22 @@ def test_an_annotation_that_only_allows_more_or_is_called_otherwise_reads_what_w
     assert digest_of(then) == digest_of(now)
 
 
+def test_classes_that_hold_each_other_in_every_way_have_a_shape_soon() -> None:
+    """Not one that is written out for each path to a class."""
+    names = [f"Part{number}" for number in range(12)]
+    made: dict[str, Any] = {}
+    for name in names:
+        fields = [(f"f{other}", other) for other in names]
+        made[name] = dataclasses.make_dataclass(name, fields)
+    for kind in made.values():
+        kind.__annotations__ = {field: made[field[1:]] | None for field in kind.__annotations__}
+    assert digest_of(made["Part0"]) == digest_of(made["Part0"])
+    deeper = dataclasses.make_dataclass("Deeper", [("f", int)])
+    before = digest_of(made["Part0"])
+    made["Part11"].__annotations__["f0"] = deeper
+    assert digest_of(made["Part0"]) != before
+
+
 def test_the_shape_of_an_annotation_is_the_same_in_every_process() -> None:
     kinds = [Money, Line, Loose, Card, Tree, Money | Card | int | str, dict[str, list[tuple[int, ...]]], Colours, Size]
     code = (

@@ -286,6 +286,41 @@ def test_a_step_that_raised_is_tried_again_in_its_place(backend_url: str, colour
     assert done == ["charge", "last"]
 
 
+def test_a_step_that_is_cancelled_while_its_place_is_given_back_gives_it_back_once() -> None:
+    backend = LocalBackend()
+    view: Any = backend.asynchronous()
+    release, sent, let_go = view.release, asyncio.Event(), asyncio.Event()
+
+    async def late(*args: Any, **kwargs: Any) -> Any:
+        sent.set()
+        await let_go.wait()
+        return await release(*args, **kwargs)
+
+    async def failing() -> str:
+        raise ConnectionError
+
+    async def mail() -> str:
+        return "mailed"
+
+    @idempotent(key="k", backend=backend)
+    async def sell() -> str:
+        call = current_call()
+        assert call is not None
+        view.release = late
+        card = asyncio.create_task(call.step("card", failing))
+        await sent.wait()
+        card.cancel()
+        await asyncio.sleep(0)
+        first = await call.step("mail", mail)  # meanwhile: the place is not free yet
+        let_go.set()
+        with pytest.raises((asyncio.CancelledError, ConnectionError)):
+            await card
+        view.release = release
+        return first + await call.step("mail", mail)
+
+    assert asyncio.run(sell()) == "mailedmailed"
+
+
 def test_steps_at_the_same_time_that_raised_are_each_tried_again_in_their_own_place() -> None:
     done: list[str] = []
     broken = [True]

@@ -222,7 +222,9 @@ class _Server:
 
     async def _waits(self, there: int, wanted: int) -> Finding:
         try:
-            confirmed = int(await self._ask("WAIT", wanted, 2000 if there >= wanted else 1))
+            confirmed = int(
+                await self._ask("WAIT", wanted, int(500 * min(self._backend.timeout, 4.0)) if there >= wanted else 1)
+            )
         except _Denied:
             return Finding(
                 "replicas", "unsafe", "the user may not WAIT", "no claim is confirmed", "ACL SETUSER ... +wait"

@@ -33,23 +33,27 @@ async def examine(backend: SQLBackend) -> list[Finding]:
     except _FAILURES as error:
         remedy = "start it, or mend host, port, user, password or database in the URL"
         return [Finding("reachable", "unsafe", _words(error), _DOWN, remedy)]
+    table, look = _table_of(backend), None
     try:
-        for look in (_version, _LOOKS[backend.name], _table_of(backend)):
+        for look in (_version, _LOOKS[backend.name], table):
             findings += await ask(look)
         if not any(finding.level == "unsafe" and finding.check == "table" for finding in findings):
             findings.append(await _permissions(backend, ask))
     except _FAILURES as error:
-        findings.append(await _cut_short(error, ask))
+        findings.append(await _cut_short(error, ask, is_table=look is table))
     findings.append(Finding("client", "ok", f"a statement is sent again for up to timeout={backend.timeout:g} s"))
     return findings
 
 
-async def _cut_short(error: Exception, ask: Any) -> Finding:
+async def _cut_short(error: Exception, ask: Any, *, is_table: bool) -> Finding:
     """Why not everything could be looked at: something holds a lock, say, or the server has stopped answering."""
     try:
         await ask(_answers)
     except _FAILURES as gone:
         return Finding("reachable", "unsafe", f"it stopped answering: {_words(gone)}", _DOWN, "look after the server")
+    if is_table and not isinstance(error, TimeoutError) and not _is_transient(error):
+        remedy = "GRANT the user SELECT, INSERT, UPDATE and DELETE on the table, and USAGE on its schema"
+        return Finding("table", "unsafe", f"refused: {_words(error)}", "no call can claim a key: nothing runs", remedy)
     why = "what was not seen may endanger records; and if a lock is held, calls wait for it, too"
     remedy = "end the transaction that holds the lock, or give the right that is missing, and ask again"
     return Finding("unseen", "warning", f"not everything could be looked at: {_words(error)}", why, remedy)

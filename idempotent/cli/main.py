@@ -94,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that tells what is wrong without the passwords in it."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"://[^\s']*@", "://***@", message))
+        super().error(re.sub(r"://.*@", "://***@", message, flags=re.DOTALL))
 
 
 def _parser(

@@ -145,15 +145,15 @@ class IdempotencyMiddleware:
         rules = self._service.rules
         if hasattr(request, "_body"):
             return state
-        if getattr(request, "_read_started", False):  # by `request.POST` of an upload, which keeps no body
-            state.refusal = ImproperlyConfigured(
-                "what is listed above IdempotencyMiddleware has read the request's body as a stream; list it below"
-            )
-            return state
         try:
             length = rules.length_of(_view(request))
         except Refused as refused:
             state.refusal = refused
+            return state
+        if length != 0 and getattr(request, "_read_started", False):  # by `request.POST` of an upload, which keeps none
+            state.refusal = ImproperlyConfigured(
+                "what is listed above IdempotencyMiddleware has read the request's body as a stream; list it below"
+            )
             return state
         allowed = settings.DATA_UPLOAD_MAX_MEMORY_SIZE
         is_upload = (request.content_type or "").startswith("multipart/")  # Django has other limits for these
