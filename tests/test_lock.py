@@ -1024,7 +1024,7 @@ def test_a_claim_whose_reply_is_lost_leaves_no_lock(kind: Kind, backend_url: str
         hold.release()
 
 
-@pytest.mark.parametrize("backend_url", ["redis", "postgres", "mariadb"], indirect=True)
+@pytest.mark.parametrize("backend_url", ["redis", "postgres"], indirect=True)  # one command claims there
 def test_a_claim_whose_reply_never_comes_leaves_no_lock(kind: Kind, backend_url: str) -> None:
     with through_proxy(backend_url) as (url, proxy):
         lock = kind.lock(backend=f"{url}&timeout=1")
