@@ -343,8 +343,8 @@ def _explained(end: End, *, lossless: bool, expiries: int) -> bool:
         return True  # of leases that were lost the tenth promise speaks
     if isinstance(error, OutcomeUnknown):
         return end.run is not None and not end.run.plan.takeover
-    if isinstance(error, LockLost) or type(error) is LockError:  # the second: its lease had ended before it was used
-        return expiries > 0
+    if isinstance(error, LockLost) or (type(error) is LockError and "too short" in str(error)):
+        return expiries > 0  # the second: its lease had ended before it was used
     # What could not be recorded, as far as the caller can tell, is recorded as done at least.
     return isinstance(error, (BackendUnavailable, ResultUnavailable)) and not lossless
 
