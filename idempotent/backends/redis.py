@@ -123,11 +123,11 @@ _OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS",
 
 
 class _Script:
-    """A Lua file, with the shared ones that it needs before it: a server makes their functions anew at each call."""
+    """Parts in Lua files, one behind the other."""
 
-    def __init__(self, *names: str, at_once: tuple[str, ...] = ()) -> None:
+    def __init__(self, *names: str) -> None:
         folder = files("idempotent.backends") / "lua"
-        self.source = b"\n".join((folder / f"{name}.lua").read_bytes() for name in ("get", *at_once, "record", *names))
+        self.source = b"\n".join((folder / f"{name}.lua").read_bytes() for name in ("get", *names))
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
     @cached_property
@@ -139,13 +139,15 @@ class _Script:
         return twin
 
 
-_CLAIM = _Script("lease", "claim", at_once=("settled",))
-_RENEW = _Script("owner", "lease", "renew")
-_SETTLE = _Script("owner", "wake", "settle")
-_RELEASE = _Script("wake", "release")
-_READ, _FORGET = _Script("read"), _Script("wake", "forget")
-_WAIT, _LEAVE = _Script("wait"), _Script("wake", "leave")
-_CONFIRM = _Script("confirm")
+_CLAIM = _Script("settled", "record", "claim", "store", "reply")
+_RENEW = _Script("record", "owner", "renew", "store", "reply")
+_SETTLE = _Script("record", "owner", "settle", "wake", "reply")
+_RELEASE = _Script("record", "release", "store", "wake", "reply")
+_READ = _Script("record", "read")
+_FORGET = _Script("record", "forget", "store", "wake", "reply")
+_WAIT = _Script("record", "wait")
+_LEAVE = _Script("record", "leave", "wake", "reply")
+_CONFIRM = _Script("record", "confirm")
 
 
 class _Heeding:
@@ -256,11 +258,12 @@ class RedisBackend(Coloured[Link]):
         if type(reply) is int:
             self._places.pop(rid.text, None)
             return Granted(reply)
-        kind = reply[0]
-        if kind == 3:
-            row = unpack(reply[2])
-            age = max(0, reply[1] - row.since) / 1e6
+        if type(reply) is bytes:
+            seconds, rest, raw = reply.split(b" ", 2)
+            row = unpack(raw)
+            age = max(0, int(seconds) * 1_000_000 + int(rest) - row.since) / 1e6
             return Settled(row.state is _FAILED, row.token, age, row.codec, row.body)
+        kind = reply[0]
         if kind == 1:
             self._places.pop(rid.text, None)
             return Granted(reply[1], bool(reply[2]))
@@ -405,12 +408,12 @@ class RedisBackend(Coloured[Link]):
 
     async def _confirm_claim(self, rid: RecordId, reply: Any, sent: float, budget: float) -> None:
         """As `_confirm`, of what a claim was told; nothing is to be confirmed where it was told to wait or refused."""
-        if not isinstance(reply, list):
+        if isinstance(reply, bytes):
+            await self._confirm(rid, unpack(reply.split(b" ", 2)[2]).token, sent, budget, is_outcome=True)
+        elif not isinstance(reply, list):
             await self._confirm(rid, reply, sent, budget, is_outcome=False)
         elif reply[0] == 1:
             await self._confirm(rid, reply[1], sent, budget, is_outcome=False)
-        elif reply[0] == 3:
-            await self._confirm(rid, int.from_bytes(reply[2][2:10]), sent, budget, is_outcome=True)
 
     async def _confirm(self, rid: RecordId, token: int, sent: float, budget: float, *, is_outcome: bool) -> None:
         """Return when `replicas` replicas have the record that was granted, or settled, under `token`.

@@ -1,6 +1,7 @@
--- Runs in every script: the record under KEYS[1] (see _record.py) and the time. Without tables and with as few
--- functions as can be: making them costs more than all else here. Instants and durations: microseconds.
--- A script validates first and writes last, as a failed one is not rolled back.
+-- Runs in every script: the record under KEYS[1] (see _record.py) and the time. Without tables and functions: making
+-- them costs more than all else here. So a script ends early with what is not written, or it leaves in these variables
+-- the record that is to be, and its reply in `reply`; then store.lua writes, wake.lua tells, reply.lua replies.
+-- Instants and durations: microseconds. A script validates first and writes last, as a failed one is not rolled back.
 
 local call, try, byte, sub = redis.call, redis.pcall, string.byte, string.sub
 local HEAD, OPEN, KEPT = '>Bc1I8I8c8Bc0', '>Bc1I8I8c8Bc0I8I8I8Bc0', '>Bc1I8I8c8Bc0I8'
@@ -66,17 +67,6 @@ local now = time[1] * 1000000 + time[2]
 local is_expired = raw and expires ~= 0 and expires <= now
 if ttl_ends and ttl_ends <= now then state, since = 'E', ttl_ends end
 local is_gone = not raw or state == 'W' or is_expired
-
--- Store a running, unknown or withdrawn record; `expires` 0: it stays until it is settled.
-local function store(state, token, since, attempt, fingerprint, lease, lease_until, expires, owner)
-  local raw = pack(
-    OPEN, 209, state, token, since, attempt, #fingerprint, fingerprint, lease, lease_until, expires, #owner, owner
-  )
-  if expires == 0 then
-    call('SET', key, raw)
-  else
-    call('SET', key, raw, 'PX', string.format('%d', math.ceil((expires - now) / 1000)))
-  end
-end
+local reply, restarts
 
 local DONE, STALE, GONE = 1, 2, 3

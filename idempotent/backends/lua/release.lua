@@ -8,17 +8,16 @@ if is_gone then
     if known and given == token then return DONE end
     return stands and token > given and STALE or GONE
   end
-  if not known then
-    store('W', token or 0, now, releaser, fingerprint or '', 0, 0, now + ARGV[4], '')
-    wake() -- it may have been woken to make this claim
-  end
-  return DONE
+  if known then return DONE end
+  -- Waiters are told as well: the releaser may have been woken to make this claim.
+  token, fingerprint = token or 0, fingerprint or ''
+elseif attempt ~= releaser or (given and given ~= token) or (state ~= 'R' and state ~= 'U') then
+  return STALE
 end
-if attempt ~= releaser or (given and given ~= token) or (state ~= 'R' and state ~= 'U') then return STALE end
-if ARGV[3] == '0' then
-  store('W', token, now, releaser, fingerprint, 0, 0, now + ARGV[4], '')
-elseif state == 'R' then
-  store('U', token, now, attempt, fingerprint, 0, 0, 0, owner)
+if ARGV[3] == '0' or is_gone then
+  state, since, expires, owner = 'W', now, now + ARGV[4], ''
+else
+  if state == 'R' then since = now end
+  state, expires = 'U', 0
 end
-wake()
-return DONE
+attempt, lease, lease_until, reply = releaser, 0, 0, DONE

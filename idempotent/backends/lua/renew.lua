@@ -1,10 +1,8 @@
 -- on_renew. ARGV: attempt, token, lease. Replies DONE, STALE or GONE.
 
-if state == 'R' then
-  hold(since, tonumber(ARGV[3]))
-elseif state == 'U' then
-  hold(now, tonumber(ARGV[3]))
-else
+if state == 'U' then
+  since = now
+elseif state ~= 'R' then
   return STALE
 end
-return DONE
+state, lease, restarts, reply = 'R', tonumber(ARGV[3]), true, DONE

@@ -1,10 +1,12 @@
 -- Tell those who wait: of the line for a lock, KEYS[2], the first who still listens; for a call everybody.
-local function wake()
-  if not KEYS[2] then return try('PUBLISH', key, '') end
+
+if KEYS[2] then
   local first = try('ZPOPMIN', KEYS[2])
   while first[1] do
     local heard = try('PUBLISH', key .. '#' .. first[1], '')
-    if type(heard) == 'number' and heard > 0 then return end
+    if type(heard) == 'number' and heard > 0 then break end
     first = try('ZPOPMIN', KEYS[2])
   end
+else
+  try('PUBLISH', key, '')
 end
