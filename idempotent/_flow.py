@@ -117,7 +117,7 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         _refuse_reentry(driver, run)
     until = None if plan.wait is None else driver.now() + plan.wait
     while True:
-        flight = plan.flights.board(run, driver.now(), _trust(plan))
+        flight = plan.flights.board(run, driver.now())
         if flight is None:
             break
         followed = await _follow(driver, run, flight, until)
@@ -183,10 +183,6 @@ def reentered(run: Run) -> Run | None:
     return None
 
 
-def _trust(plan: Plan) -> float:
-    return 2 * plan.backend.timeout + plan.lease
-
-
 async def _follow(driver: Driver, run: Run, flight: Flight, until: float | None) -> Replay | None:
     """Wait for the leader's outcome. None: it brought none, or is not heard of; ask again."""
     flights = run.plan.flights
@@ -224,7 +220,7 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
     while True:
         sent = driver.now()
         if flight is not None:
-            flight.trust(sent + _trust(plan))
+            flight.trust(sent + plan.trust)
         run.claiming = True
         run.answer_due = sent + 0.9 * min(plan.lease, plan.backend.timeout)
         try:
@@ -277,7 +273,7 @@ async def _ask(driver: Driver, run: Run, until: float | None) -> Settled | None:
         patience = reply.lease_left if left is None else min(left, reply.lease_left)
         if flight is not None:
             flight.busy_until = now + reply.lease_left
-            flight.trust(now + patience + _trust(plan))
+            flight.trust(now + patience + plan.trust)
         try:
             await plan.backend.changed(rid, token=reply.token, timeout=max(patience, 0.001))
         except BackendError as error:  # the next claim tells whether the backend is out
@@ -404,6 +400,36 @@ async def record(
 
     `confirm`: how the command is sent; None: until the backend answers or the lease ends.
     """
+    plan = run.plan
+    mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
+    recorded, stored = settled, confirm is None and await _record_at_once(driver, run, settled, ttl)
+    if not stored:
+        recorded, stored = await _record(driver, run, settled, ttl, confirm or _confirm)
+    recorded = Settled(recorded.failed, run.token or 0, recorded.age, recorded.codec, recorded.body)
+    if mark is not None and stored:
+        _copy(run, recorded, mark, sent + ttl)
+    return recorded, stored
+
+
+async def _record_at_once(driver: Driver, run: Run, settled: Settled, ttl: float) -> bool:
+    """Whether one command has recorded the outcome, as it nearly always does."""
+    await driver.still(run)
+    backend, token = run.plan.backend, run.token or 0
+    command = backend.fail if settled.failed else _completion(run.plan)
+    try:
+        answer = await command(
+            run.rid, attempt=run.attempt, token=token, codec=settled.codec, body=settled.body, ttl=ttl
+        )
+    except Exception as error:  # as in `_confirm`
+        run.report("backend_error", error=error)
+        return False
+    return answer is Answer.DONE
+
+
+async def _record(
+    driver: Driver, run: Run, settled: Settled, ttl: float, confirm: Confirm
+) -> tuple[Settled, bool]:
+    """As `record`, whatever the backend answers and however often it does not."""
     plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
     command = backend.fail if settled.failed else _completion(plan)
     recorded = settled
@@ -446,11 +472,7 @@ async def record(
     def fallback() -> Awaitable[Answer]:
         return step(settled._replace(codec=UNAVAILABLE, body=b"the backend refused to store it"))
 
-    mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
-    stored = await (confirm or _confirm)(driver, run, step, fallback)
-    recorded = recorded._replace(token=run.token or 0)
-    if mark is not None and stored:
-        _copy(run, recorded, mark, sent + ttl)
+    stored = await confirm(driver, run, step, fallback)
     return recorded, stored
 
 
@@ -625,8 +647,7 @@ def _encode(run: Run, value: Any) -> tuple[str, bytes, Any]:
     if not plan.keep_result:
         return DONE, b"", value
     try:
-        body = plan.codec.encode(value, run.rid.text)
-        return plan.codec.name, body, plan.codec.decode(body, run.rid.text)
+        return plan.codec.name, *plan.codec.keep(value, run.rid.text)
     except Exception as failure:
         # Any error of a user's serializer, too: the function has run, so nothing may invite a second run.
         reason = (

@@ -307,6 +307,21 @@ def pack(row: Row) -> bytes:
     return head + _TAIL.pack(row.lease, row.lease_until, row.expires or 0, len(row.body)) + row.body
 
 
+def settled_in(data: bytes, now: int) -> Settled:
+    """The outcome in the envelope of a settled row, at an instant of the backend's clock. Raises as `unpack`."""
+    try:
+        magic, letter, token, since, _, size = _HEAD.unpack_from(data)
+        at = _HEAD.size + size
+        body = at + 1 + data[at]
+        if magic == MAGIC and letter in (b"C", b"F") and body <= len(data):  # and not remembered, as most are
+            age = max(0, now - since) / 1e6
+            return Settled(letter == b"F", token, age, data[at + 1 : body].decode(), data[body:])
+    except (struct.error, ValueError, LookupError):
+        pass
+    row = unpack(data)
+    return Settled(row.state is State.FAILED, row.token, max(0, now - row.since) / 1e6, row.codec, row.body)
+
+
 def unpack(data: bytes) -> Row:
     """The row that `data` is the envelope of. Raises BackendError for bytes that are none of ours.
 

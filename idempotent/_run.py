@@ -85,6 +85,7 @@ class Plan:
         "serializer",
         "stats",
         "takeover",
+        "trust",
         "ttl",
         "wait",
     )
@@ -124,6 +125,8 @@ class Plan:
         self.ttl = ttl
         self.lease = lease
         self.wait = wait
+        self.trust = lease + (0.0 if backend is None else 2 * backend.timeout)
+        """Seconds after which duplicates no longer count on a leader that has asked the backend."""
         self.keep_result = keep_result
         self.error_ttl = error_ttl
         self.takeover = on_crash == "rerun"
@@ -158,25 +161,26 @@ class Plan:
 class Run:
     """One call: first its question, then, once granted, its claim."""
 
-    __slots__ = (
-        "answer_due",
-        "arguments",
-        "attempt",
-        "beating",
-        "claiming",
-        "fingerprint",
-        "flight",
-        "forks",
-        "lost",
-        "plan",
-        "raised",
-        "rid",
-        "steps",
-        "token",
-        "unprotected",
-        "valid_until",
-        "waited",
-    )
+    # Most calls leave most of these as they are, so a run is made without them.
+    token: int | None = None
+    """The fencing token; None until the claim is confirmed."""
+    claiming = False
+    """A claim was sent and its reply has not come."""
+    answer_due = 0.0
+    """Monotonic seconds at which a backend that answers at all would have answered the claim."""
+    unprotected = False
+    """The backend was out, and the function runs all the same."""
+    valid_until = 0.0
+    """Monotonic seconds until which nobody else can have taken over."""
+    lost = False
+    beating: Any = None
+    """The driver's own mark while it beats for this run."""
+    flight: "Flight | None" = None
+    waited = False
+    raised = False
+    """The function itself has raised."""
+    steps = 0
+    """How many of its steps are under way."""
 
     def __init__(
         self, plan: Plan, rid: RecordId, fingerprint: bytes, arguments: Callable[[], Mapping[str, Any]]
@@ -186,25 +190,6 @@ class Run:
         self.fingerprint = fingerprint
         self.arguments = arguments
         self.attempt = self.new_attempt()
-        self.token: int | None = None
-        """The fencing token; None until the claim is confirmed."""
-        self.claiming = False
-        """A claim was sent and its reply has not come."""
-        self.answer_due = 0.0
-        """Monotonic seconds at which a backend that answers at all would have answered the claim."""
-        self.unprotected = False
-        """The backend was out, and the function runs all the same."""
-        self.valid_until = 0.0
-        """Monotonic seconds until which nobody else can have taken over."""
-        self.lost = False
-        self.beating: Any = None
-        """The driver's own mark while it beats for this run."""
-        self.flight: Flight | None = None
-        self.waited = False
-        self.raised = False
-        """The function itself has raised."""
-        self.steps = 0
-        """How many of its steps are under way."""
         self.forks = _forks
 
     def new_attempt(self) -> bytes:
@@ -379,29 +364,18 @@ def current_call() -> Call | None:
 class Flight:
     """The calls with one key in one process: a leader, and those who wait for what it brings."""
 
-    __slots__ = (
-        "_trusted_until",
-        "busy_until",
-        "error",
-        "fingerprint",
-        "landed",
-        "run",
-        "settled",
-        "stored",
-        "waiters",
-    )
+    busy_until = 0.0
+    """Monotonic seconds: when the lease that the leader waits for ends."""
+    landed = False
+    error: BackendUnavailable | None = None
+    """Why the leader got no answer."""
+    settled: Settled | None = None
+    stored = True
 
     def __init__(self, run: Run, trusted_until: float) -> None:
         self.run = run
         self.fingerprint = run.fingerprint
         self._trusted_until = trusted_until
-        self.busy_until = 0.0
-        """Monotonic seconds: when the lease that the leader waits for ends."""
-        self.landed = False
-        self.error: BackendUnavailable | None = None
-        """Why the leader got no answer."""
-        self.settled: Settled | None = None
-        self.stored = True
         self.waiters: set[ThreadWaiter | TaskWaiter] = set()
 
     @property
@@ -427,7 +401,7 @@ class Flights:
         self.reset()
         _all_flights.add(self)
 
-    def board(self, run: Run, now: float, trust: float) -> Flight | None:
+    def board(self, run: Run, now: float) -> Flight | None:
         """The flight to follow, or None: `run` leads now.
 
         A call with other arguments, or one that will not wait, goes to the backend on its own. A flight whose leader
@@ -439,7 +413,7 @@ class Flights:
             if flight is not None and now < flight.trusted_until:
                 other = flight.fingerprint and run.fingerprint and flight.fingerprint != run.fingerprint
                 return None if other or run.plan.wait == 0 else flight
-            run.flight = self._by_key[key] = Flight(run, now + trust)
+            run.flight = self._by_key[key] = Flight(run, now + run.plan.trust)
         return None
 
     def join(self, flight: Flight, waiter: ThreadWaiter | TaskWaiter) -> bool:

@@ -102,20 +102,22 @@ class TypedJSON:
                 ) from error
         self._resolved = True
 
-    def encode(self, value: Any, record: str) -> bytes:
-        """`value` as bytes. Raises SerializationError for what cannot be kept."""
+    def keep(self, value: Any, record: str) -> tuple[bytes, Any]:
+        """`value` as bytes, and as it comes back. Raises SerializationError for what cannot be kept."""
         if self._dump is not None and self._load is not None:
             try:
                 body = self._dump(value)
-                if exactly(self._load(body), value):
-                    return self._json + body
+                loaded = self._load(body)
+                if exactly(loaded, value):
+                    return self._json + body, loaded
             except Exception:  # noqa: S110  a value that does not fit its annotation may break the encoder in any way
                 pass
         if self._convert is not None:
             try:
                 plain = canonical.dumps(value, rows=True)[0]
-                if exactly(self._convert(canonical.loads(plain)), value):
-                    return self._converted + plain
+                loaded = self._convert(canonical.loads(plain))
+                if exactly(loaded, value):
+                    return self._converted + plain, loaded
             except Exception:  # noqa: S110
                 pass
         plain, reduced = canonical.dumps(value)
@@ -127,7 +129,7 @@ class TypedJSON:
                 ResultTypeWarning,
                 stacklevel=2,
             )
-        return _CANONICAL + plain
+        return _CANONICAL + plain, canonical.loads(plain)
 
     def decode(self, data: bytes, record: str) -> Any:
         """The value that was encoded. Raises SerializationError for bytes of another annotation."""

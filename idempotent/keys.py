@@ -186,7 +186,10 @@ class Binder:
         while any(name.startswith(mark) for name in self._names):
             mark += "_"
         helpers: dict[str, Any] = {"blake2b": blake2b, "check": check_key, "dumps": orjson.dumps, "encode": encode}
-        helpers |= {"render": getattr(self._template, "render", None), "int": int, "str": str, "type": type}
+        helpers |= {"int": int, "str": str, "type": type}
+        if self._template is not None:
+            template = self._template
+            helpers |= {"render": template.render, "part": template.part, "escaped": template.needs_escape}
         helpers = {mark + name: helper for name, helper in helpers.items()}
         cut = f"[:{FINGERPRINT_BYTES}]"
         self._print = _generated(
@@ -194,7 +197,7 @@ class Binder:
         )
         digest = self._digested.expression(mark)
         if self._template is not None:
-            named = f"{mark}check({mark}render({_tuple(self._names)}))"
+            named = f"{mark}check({self._template.expression(mark, self._names)})"
             result = f"{named}, {digest}{cut}" if self._fingerprint else f"{named}, b''"
         elif self._key is None:
             printed = f"{mark}digest{cut}" if self._fingerprint else "b''"
@@ -311,7 +314,7 @@ class _Template:
             raise ValueError(f"the key template {text!r} cannot be read: {error}") from None
         literals = [literal for literal, *_ in parsed]
         self._special = frozenset("".join(literals)) - frozenset(_ALNUM) | {"\\"}
-        self._needs_escape = re.compile(f"[{re.escape(''.join(sorted(self._special)))}]").search
+        self.needs_escape = re.compile(f"[{re.escape(''.join(sorted(self._special)))}]").search
         self._fields: list[tuple[str, str, Callable[[tuple[Any, ...]], Any]]] = []
         """Of each field: the text before it, its name, and how to get its value."""
         self._end = ""
@@ -334,11 +337,23 @@ class _Template:
                 # The class alone: the text may be of the user's own code, and quote what the call was given.
                 reason = type(error).__name__
                 raise KeyRequired(f"the key template's field {{{field}}} is not there: {reason}") from None
-            part = value if type(value) is str else _render(value, field)
-            if self._needs_escape(part):
-                part = "".join("\\" + letter if letter in self._special else letter for letter in part)
-            key += before + part
+            key += before + self.part(value, field)
         return key + self._end
+
+    def part(self, value: Any, field: str) -> str:
+        """A field's value as it stands in the key."""
+        part = value if type(value) is str else _render(value, field)
+        if self.needs_escape(part):
+            part = "".join("\\" + letter if letter in self._special else letter for letter in part)
+        return part
+
+    def expression(self, mark: str, names: tuple[str, ...]) -> str:
+        """What `render` does, as an expression of the parameters' names and of helpers whose names begin with `mark`."""
+        if any(field not in names for _, field, _ in self._fields):
+            return f"{mark}render({_tuple(names)})"
+        plain = "{1} if {0}type({1}) is {0}str and not {0}escaped({1}) else {0}part({1}, {1!r})"
+        parts = [f"{before!r} + ({plain.format(mark, field)})" for before, field, _ in self._fields]
+        return " + ".join([*parts, repr(self._end)])
 
     def _ends(self, literal: str) -> bool:
         """Whether the text after a field tells where the field ended: its first character is escaped in values."""

@@ -64,8 +64,8 @@ class Codec(Protocol):
         """Called before the first run. Raises SerializationError if the function's results cannot be served."""
         ...
 
-    def encode(self, value: Any, record: str) -> bytes:
-        """`value` as bytes for the record with the id `record`."""
+    def keep(self, value: Any, record: str) -> tuple[bytes, Any]:
+        """`value` as bytes for the record with the id `record`, and what `decode` makes of them."""
         ...
 
     def decode(self, data: bytes, record: str) -> Any:
@@ -116,11 +116,11 @@ class _Foreign:
     def ready(self) -> None:
         pass
 
-    def encode(self, value: Any, record: str) -> bytes:
+    def keep(self, value: Any, record: str) -> tuple[bytes, Any]:
         body = self._serializer.dumps(value)
         if not isinstance(body, bytes):
             raise SerializationError(f"{self.name}.dumps must return bytes, not {type(body).__name__}")
-        return body
+        return body, self.decode(body, record)
 
     def decode(self, data: bytes, record: str) -> Any:
         return self._serializer.loads(data)
@@ -181,9 +181,10 @@ class _Wrapped:
         if self._inner is not None:
             self._inner.ready()
 
-    def encode(self, value: Any, record: str) -> bytes:
+    def keep(self, value: Any, record: str) -> tuple[bytes, Any]:
         inner, outer = self._inner, self._outer
-        return outer._seal(outer._plain(value) if inner is None else inner.encode(value, record), record)
+        body = outer._seal(outer._plain(value) if inner is None else inner.keep(value, record)[0], record)
+        return body, self.decode(body, record)
 
     def decode(self, data: bytes, record: str) -> Any:
         inner, outer = self._inner, self._outer

@@ -184,6 +184,9 @@ def _packed(command: tuple[Any, ...]) -> list[bytes]:
     return [b"*%d\r\n" % len(parts), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]]
 
 
+_WAITING = (True,)
+
+
 def _permits() -> "SimpleQueue[None]":
     """One for each connection that there may be: taken and put back at a tenth of what a semaphore costs."""
     permits: SimpleQueue[None] = SimpleQueue()
@@ -260,11 +263,18 @@ class SyncLink:
         permit: list[None] = []
         connection = whole = None
         try:
-            connection = whole = self._take(permit, deadline) if self._owned else self._take_given(deadline)
+            if self._owned:
+                # In one step of the interpreter: a signal handler's exception between two would lose the permit for good.
+                permit.extend(map(self._free.get, _WAITING, (max(0.0, deadline - time.monotonic()),)))
+                connection = whole = self._idle.take() or within(deadline, self._connect, _disconnect)
+            else:
+                connection = whole = self._take_given(deadline)
             reply = self._exchange(connection, command, deadline)
             return [reply, *(self._exchange(connection, each, deadline) for each in more)] if more else reply
         except ResponseError:
             raise
+        except Empty:
+            raise RedisTimeoutError("no connection became free in time") from None
         except BaseException:
             whole = None
             if connection is not None:
@@ -274,7 +284,12 @@ class SyncLink:
         finally:
             if permit:
                 self._free.put(None)  # first of all, and here: a signal handler's exception is not to come before it
-            self._put(whole) if self._owned else self._give_back(connection)
+            if not self._owned:
+                self._give_back(connection)
+            elif whole is not None:
+                self._idle.put(whole)
+            if self._idle.closed:
+                self._disconnect_idle()
 
     @staticmethod
     def _exchange(connection: Any, command: tuple[Any, ...], deadline: float) -> Any:
@@ -285,15 +300,6 @@ class SyncLink:
                 raise RedisTimeoutError("no reply in time")
         return connection.read_response(disable_decoding=True)
 
-    def _take(self, permits: list[None], deadline: float) -> Any:
-        """A connection of ours, with one more of `permits`. Raises RedisTimeoutError if none is free in time."""
-        try:
-            # In one step of the interpreter: a signal handler's exception between two would lose the permit for good.
-            permits.extend(map(self._free.get, (True,), (max(0.0, deadline - time.monotonic()),)))
-        except Empty:
-            raise RedisTimeoutError("no connection became free in time") from None
-        return self._idle.take() or within(deadline, self._connect, _disconnect)
-
     def _connect(self) -> Any:
         connection = self._idle.make()
         try:
@@ -302,12 +308,6 @@ class SyncLink:
             connection.disconnect()
             raise
         return connection
-
-    def _put(self, connection: Any | None) -> None:
-        if connection is not None:
-            self._idle.put(connection)
-        if self._idle.closed:
-            self._disconnect_idle()
 
     def _give_back(self, connection: Any | None) -> None:
         if connection is not None:

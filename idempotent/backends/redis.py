@@ -77,11 +77,10 @@ from idempotent._record import (
     Record,
     RecordId,
     Row,
-    Settled,
-    State,
     StateName,
     Unknown,
     describe,
+    settled_in,
     unpack,
 )
 from idempotent.backends._coloured import Coloured
@@ -107,8 +106,6 @@ _OPEN = (b"R", b"W", b"U")
 _digits = b"%d".__mod__
 """A whole number as it is sent. hiredis 3.5 would take the number itself, but crashes if a signal comes meanwhile."""
 _TOMBSTONE = _digits(TOMBSTONE)
-
-_FAILED = State.FAILED
 
 _ANSWERS = {1: Answer.DONE, 2: Answer.STALE, 3: Answer.GONE}
 
@@ -260,9 +257,7 @@ class RedisBackend(Coloured[Link]):
             return Granted(reply)
         if type(reply) is bytes:
             seconds, rest, raw = reply.split(b" ", 2)
-            row = unpack(raw)
-            age = max(0, int(seconds) * 1_000_000 + int(rest) - row.since) / 1e6
-            return Settled(row.state is _FAILED, row.token, age, row.codec, row.body)
+            return settled_in(raw, int(seconds) * 1_000_000 + int(rest))
         kind = reply[0]
         if kind == 1:
             self._places.pop(rid.text, None)
@@ -383,7 +378,7 @@ class RedisBackend(Coloured[Link]):
         cursor: Any = b"0"
         while True:
             ask = ("SCAN", cursor, "MATCH", pattern, "COUNT", b"500")
-            cursor, keys = await self._send(ask, self.timeout, send=send)
+            cursor, keys = await self._send(ask, self.timeout, send)
             for key in keys:
                 try:
                     rid = RecordId.parse(key.decode(errors="replace")[len(self.prefix) + 1 :])
@@ -432,46 +427,61 @@ class RedisBackend(Coloured[Link]):
                 return
         raise BackendUnavailable(f"{confirmed} of {self.replicas} replicas confirmed the record in time")
 
-    def _run(
+    async def _run(
         self, script: _Script, rid: RecordId, ask: tuple[Any, ...], budget: float, *more: tuple[Any, ...]
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> Any:
         if self._servers.is_cluster:
             script = script.sharded
         key = self._key(rid)
         keys = (b"2", key, f"{key}:line") if rid.space == LOCKS else (b"1", key)
-        return self._send(("EVALSHA", script.sha, *keys, *ask), budget, *more, script=script)
+        command = ("EVALSHA", script.sha, *keys, *ask)
+        deadline = time.monotonic() + budget
+        try:
+            return await self._link.send(command, deadline, *more)
+        except (TimeoutError, RedisError, OSError) as error:
+            return await self._again(error, command, deadline, budget, *more, script=script)
 
-    async def _send(
+    async def _send(self, command: tuple[Any, ...], budget: float, send: Send) -> Any:
+        deadline = time.monotonic() + budget
+        try:
+            return await send(command, deadline)
+        except (TimeoutError, RedisError, OSError) as error:
+            return await self._again(error, command, deadline, budget, send=send)
+
+    async def _again(
         self,
+        error: Exception,
         command: tuple[Any, ...],
+        deadline: float,
         budget: float,
         *more: tuple[Any, ...],
         script: _Script | None = None,
         send: Send | None = None,
     ) -> Any:
-        """The reply to `command`, sent again while that can help and `budget` seconds last; with `more`, of all of them."""
-        deadline = time.monotonic() + budget
+        """The reply to a `command` that failed, sent again while that can help and its `budget` seconds last; with `more`,
+        of all of them.
+        """
         pause = 0.0
         while True:
+            if script is not None and isinstance(error, NoScriptError) and command[0] != "EVAL":
+                command = ("EVAL", script.source, *command[2:])
+            else:
+                await self._pause(error, deadline, budget, pause)
+                pause = min(0.25, pause * 2 or 0.005)
             try:
                 return await (send or self._link.send)(command, deadline, *more)
-            except NoScriptError as error:
-                if script is None or command[0] == "EVAL":
-                    raise _failure(error) from error
-                command = ("EVAL", script.source, *command[2:])
-                continue
-            except (TimeoutError, RedisError, OSError) as error:
-                if not _transient(error):
-                    raise _failure(error) from error
-                if is_refused(error):
-                    raise BackendUnavailable(f"Redis refuses connections: {error}") from error
-                left = deadline - time.monotonic()
-                if left <= pause:
-                    raise BackendUnavailable(
-                        f"Redis did not confirm within {budget:g} s: {str(error) or 'no reply'}"
-                    ) from error
-            await self._link.sleep(pause * (0.5 + random() / 2))
-            pause = min(0.25, pause * 2 or 0.005)
+            except (TimeoutError, RedisError, OSError) as failure:
+                error = failure
+
+    async def _pause(self, error: Exception, deadline: float, budget: float, pause: float) -> None:
+        """Let about `pause` seconds pass before the next try, if there is to be one after this error."""
+        if not _transient(error):
+            raise _failure(error) from error
+        if is_refused(error):
+            raise BackendUnavailable(f"Redis refuses connections: {error}") from error
+        if deadline - time.monotonic() <= pause:
+            raise BackendUnavailable(f"Redis did not confirm within {budget:g} s: {str(error) or 'no reply'}") from error
+        await self._link.sleep(pause * (0.5 + random() / 2))
 
 
 @lru_cache(256)
