@@ -122,7 +122,13 @@ async def _ask(driver: Driver, held: Held, room: Room, place: Place, until: floa
         held.answer_due = now + 0.9 * min(plan.lease, plan.backend.timeout)
         try:
             reply: Claim = await plan.backend.claim(
-                rid, attempt=held.attempt, fingerprint=b"", lease=plan.lease, keep=_KEEP, takeover=True, owner=_owner()
+                rid,
+                attempt=held.attempt,
+                fingerprint=b"",
+                lease=plan.lease,
+                keep=_KEEP,
+                takeover=True,
+                owner=_owner(os.getpid()),
             )
         except BackendError as error:
             if isinstance(error, BackendUnavailable) and plan.lease < plan.backend.timeout:
@@ -384,11 +390,7 @@ async def break_(plan: Plan, rid: RecordId) -> bool:
     return True
 
 
-def _owner() -> bytes:
-    """What a lock's record says of its holder."""
-    return f"{os.getpid()}@{_host()}".encode(errors="replace")[:OWNER_BYTES]
-
-
 @functools.cache
-def _host() -> str:
-    return socket.gethostname()
+def _owner(pid: int) -> bytes:
+    """What a lock's record says of its holder."""
+    return f"{pid}@{socket.gethostname()}".encode(errors="replace")[:OWNER_BYTES]

@@ -426,9 +426,7 @@ async def _record_at_once(driver: Driver, run: Run, settled: Settled, ttl: float
     return answer is Answer.DONE
 
 
-async def _record(
-    driver: Driver, run: Run, settled: Settled, ttl: float, confirm: Confirm
-) -> tuple[Settled, bool]:
+async def _record(driver: Driver, run: Run, settled: Settled, ttl: float, confirm: Confirm) -> tuple[Settled, bool]:
     """As `record`, whatever the backend answers and however often it does not."""
     plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
     command = backend.fail if settled.failed else _completion(plan)

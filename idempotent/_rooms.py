@@ -151,33 +151,39 @@ def _running_task() -> Any:
 class Held:
     """One acquisition: first a question, then, once granted, the hold itself. All of a lock's state lives here."""
 
-    __slots__ = (
-        "__weakref__",
-        "_driver",
-        "_lost",
-        "answer_due",
-        "asker",
-        "attempt",
-        "beating",
-        "begun",
-        "claiming",
-        "fence",
-        "forks",
-        "given_up",
-        "granted",
-        "in_line",
-        "over",
-        "place",
-        "plan",
-        "release_sent",
-        "rid",
-        "taken",
-        "tell",
-        "user",
-        "valid_until",
-        "waited",
-        "watch",
-    )
+    # Most acquisitions leave most of these as they are, so one is made without them.
+    fence: int | None = None
+    """The token; None until the claim is confirmed."""
+    claiming = False
+    """A claim was sent and its reply has not come."""
+    answer_due = 0.0
+    """Monotonic seconds at which a backend that answers at all would have answered the claim."""
+    place: "Place | None" = None
+    """Where it waits among those of its process."""
+    in_line = False
+    """It waits at the backend, or has been woken there and has not claimed since."""
+    begun = 0.0
+    """Monotonic seconds: before the claim was sent,"""
+    granted = 0.0
+    """and after its reply had come."""
+    valid_until = 0.0
+    """Monotonic seconds until which nobody else can hold the lock, unless its record is taken away."""
+    waited = False
+    _lost = False
+    taken = False
+    """Lost within its lease, as the backend says."""
+    over = False
+    """Released, or given away by its end."""
+    given_up = False
+    """No longer to be waited for in this process: over, lost, or its release is in doubt."""
+    release_sent: float | None = None
+    beating: Any = None
+    """The driver's own mark while it beats for this hold."""
+    tell: "Callable[[Held], None] | None" = None
+    """Does what `on_lost` says, without delay and without blocking."""
+    user: "weakref.ref[Any] | None" = None
+    """The caller's own object for this hold: once nobody refers to that, nobody can release it."""
+    watch: "Watch | None" = None
 
     def __init__(self, driver: Driver, plan: Plan, rid: RecordId, asker: Asker) -> None:
         self._driver = driver
@@ -185,39 +191,9 @@ class Held:
         self.rid = rid
         self.asker = asker
         self.attempt = self.new_attempt()
-        self.fence: int | None = None
-        """The token; None until the claim is confirmed."""
-        self.claiming = False
-        """A claim was sent and its reply has not come."""
-        self.answer_due = 0.0
-        """Monotonic seconds at which a backend that answers at all would have answered the claim."""
-        self.place: Place | None = None
-        """Where it waits among those of its process."""
-        self.in_line = False
-        """It waits at the backend, or has been woken there and has not claimed since."""
-        self.begun = 0.0
-        """Monotonic seconds: before the claim was sent,"""
-        self.granted = 0.0
-        """and after its reply had come."""
-        self.valid_until = 0.0
-        """Monotonic seconds until which nobody else can hold the lock, unless its record is taken away."""
-        self.waited = False
-        self._lost = False
-        self.taken = False
-        """Lost within its lease, as the backend says."""
-        self.over = False
-        """Released, or given away by its end."""
-        self.given_up = False
-        """No longer to be waited for in this process: over, lost, or its release is in doubt."""
-        self.release_sent: float | None = None
-        self.beating: Any = None
-        """The driver's own mark while it beats for this hold."""
-        self.tell: Callable[[Held], None] | None = None
-        """Does what `on_lost` says, without delay and without blocking."""
-        self.user: weakref.ref[Any] | None = None
-        """The caller's own object for this hold: once nobody refers to that, nobody can release it."""
-        self.watch = None if plan.on_lost == "raise" else Watch(self)
         self.forks = forks()
+        if plan.on_lost != "raise":
+            self.watch = Watch(self)
 
     def new_attempt(self) -> bytes:
         """An id that no other attempt has."""

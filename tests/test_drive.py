@@ -628,7 +628,7 @@ def test_a_handler_that_forks_while_its_thread_reads_leaves_the_connection_to_th
 def test_the_collector_may_end_a_lost_call_while_flights_are_looked_at() -> None:
     flights = _run.Flights()
     lost = flow.Run(_plan(flights), RecordId("n", "k"), b"", dict)
-    assert flights.board(lost, 0.0, 10.0) is None
+    assert flights.board(lost, 0.0) is None
     done = threading.Event()
 
     def collected_at_a_bad_moment() -> None:
@@ -645,7 +645,7 @@ def _plan(flights: _run.Flights) -> Any:
         pass
 
     plan = Plan()
-    plan.flights, plan.wait = flights, 30.0  # type: ignore[attr-defined]
+    plan.flights, plan.wait, plan.trust = flights, 30.0, 10.0  # type: ignore[attr-defined]
     return plan
 
 

@@ -179,7 +179,7 @@ def test_headers_are_found_in_any_case_and_keep_their_lines() -> None:
 def test_a_kept_response_comes_back_as_it_was(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
     codec = ResponseCodec()
     response = Response(status, headers, body)
-    assert codec.decode(codec.encode(response, ""), "") == response
+    assert codec.decode(codec.keep(response, "")[0], "") == response
 
 
 @pytest.mark.parametrize("data", [b"", b"\x93", b"\xc0", b"[" * 100_000, b"\x91" * 100_000, b"\x93\xa1x\x90\xc4\x00"])

@@ -37,7 +37,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from random import random
@@ -243,10 +243,10 @@ class RedisBackend(Coloured[Link]):
         over: int | None = None,
         owner: bytes = b"",
     ) -> Claim:
-        ask: tuple[Any, ...] = (attempt, fingerprint, _terms(lease, keep, takeover))
+        ask: tuple[Any, ...] = (attempt, fingerprint, _terms(lease, keep, takeover, owner))
         turn = self._turn if rid.text in self._places else b""
-        if over is not None or owner or turn:
-            ask += (b"" if over is None else _digits(over), owner, turn)
+        if over is not None or turn:
+            ask += (b"" if over is None else _digits(over), turn)
         budget = min(self.timeout, lease)
         sent = time.monotonic()
         reply = await self._run(_CLAIM, rid, ask, budget)
@@ -310,7 +310,9 @@ class RedisBackend(Coloured[Link]):
         return answer
 
     async def release(self, rid: RecordId, *, attempt: bytes, token: int | None, unknown: bool = False) -> Answer:
-        ask = (attempt, b"" if token is None else _digits(token), b"1" if unknown else b"0", _TOMBSTONE)
+        ask: tuple[bytes, ...] = (attempt, b"" if token is None else _digits(token), _TOMBSTONE)
+        if unknown:
+            ask += (b"1",)
         return _ANSWERS[await self._run(_RELEASE, rid, ask, self.timeout)]
 
     async def read(self, rid: RecordId) -> Record | None:
@@ -480,14 +482,16 @@ class RedisBackend(Coloured[Link]):
         if is_refused(error):
             raise BackendUnavailable(f"Redis refuses connections: {error}") from error
         if deadline - time.monotonic() <= pause:
-            raise BackendUnavailable(f"Redis did not confirm within {budget:g} s: {str(error) or 'no reply'}") from error
+            raise BackendUnavailable(
+                f"Redis did not confirm within {budget:g} s: {str(error) or 'no reply'}"
+            ) from error
         await self._link.sleep(pause * (0.5 + random() / 2))
 
 
 @lru_cache(256)
-def _terms(lease: float, keep: float | None, takeover: bool) -> bytes:
-    """What each claim of one function says alike, as its script reads it."""
-    return b"%d,%b,%d" % (micros(lease), b"" if keep is None else _digits(micros(keep)), takeover)
+def _terms(lease: float, keep: float | None, takeover: bool, owner: bytes) -> bytes:
+    """What each claim of one function, or of one process on a lock, says alike, as its script reads it."""
+    return b"%d,%b,%d,%b" % (micros(lease), b"" if keep is None else _digits(micros(keep)), takeover, owner)
 
 
 def _milliseconds(seconds: float) -> bytes:

@@ -285,11 +285,11 @@ class ResponseCodec:
     def ready(self) -> None:
         """Nothing to prepare."""
 
-    def encode(self, value: Response | None, record: str) -> bytes:
+    def keep(self, value: Response | None, record: str) -> tuple[bytes, Response]:
         """None stands for an answer that is not at hand: a stream, or larger than `max_response`."""
         if value is None:
             raise SerializationError("it was a stream, or larger than max_response")
-        return msgspec.msgpack.encode(value)
+        return msgspec.msgpack.encode(value), value
 
     def decode(self, data: bytes, record: str) -> Response:
         """The response. Raises msgspec's errors for other bytes."""

@@ -1,12 +1,12 @@
--- on_claim. ARGV: attempt, fingerprint, terms ('lease,keep,takeover': keep '' is until it is settled, takeover '1' or '0');
--- where there is any of them, over ('': none), owner, turn (who stood in line for the lock and leaves it now; '': nobody).
+-- on_claim. ARGV: attempt, fingerprint, terms ('lease,keep,takeover,owner': keep '' is until it is settled, takeover '1'
+-- or '0'); where there is one of them, over ('': none), turn (who stood in line for the lock and leaves it now; '': nobody).
 -- Each argument costs a replay as much as a look at the record.
 -- Replies the token; for a settled record 'seconds microseconds record', with the time; or {1, token, took over}
 -- {2, token, lease left}  {4, token, age}  {5, age, fingerprint}  {6, token, age}
 
 local GRANTED, BUSY, UNKNOWN, MISMATCHED, EXPIRED = 1, 2, 4, 5, 6
-local asker, asked, over, turn = ARGV[1], ARGV[2], tonumber(ARGV[4] or ''), ARGV[6] or ''
-local span, keep, takeover = string.match(ARGV[3], '^(%d+),(%d*),(%d)$')
+local asker, asked, over, turn = ARGV[1], ARGV[2], tonumber(ARGV[4] or ''), ARGV[5] or ''
+local span, keep, takeover, holder = string.match(ARGV[3], '^(%d+),(%d*),(%d),(.*)$')
 if turn ~= '' then try('ZREM', KEYS[2], turn) end
 
 local left = 0
@@ -46,5 +46,5 @@ else
   end
   lease, lease_until, expires = tonumber(span), now + span, 0
   if keep ~= '' then expires = lease_until + keep end
-  state, token, since, attempt, fingerprint, owner = 'R', granted, now, asker, asked, ARGV[5] or ''
+  state, token, since, attempt, fingerprint, owner = 'R', granted, now, asker, asked, holder
 end

@@ -1,4 +1,5 @@
--- on_release. ARGV: attempt, token ('': an unconfirmed claim), unknown ('1', '0'), tombstone. Replies DONE, STALE or GONE.
+-- on_release. ARGV: attempt, token ('': an unconfirmed claim), tombstone; where it is to become unknown '1'.
+-- Replies DONE, STALE or GONE.
 
 local releaser, given = ARGV[1], tonumber(ARGV[2])
 if is_gone then
@@ -14,8 +15,8 @@ if is_gone then
 elseif attempt ~= releaser or (given and given ~= token) or (state ~= 'R' and state ~= 'U') then
   return STALE
 end
-if ARGV[3] == '0' or is_gone then
-  state, since, expires, owner = 'W', now, now + ARGV[4], ''
+if is_gone or not ARGV[4] then
+  state, since, expires, owner = 'W', now, now + ARGV[3], ''
 else
   if state == 'R' then since = now end
   state, expires = 'U', 0
