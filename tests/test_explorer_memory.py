@@ -100,6 +100,16 @@ async def near_own_forget(caller: Caller) -> Any:
     return await call(caller)
 
 
+async def near_failing(caller: Caller) -> Any:
+    """Each has a near-cache and calls twice what raises; the error is recorded."""
+    give_near(caller)
+    try:
+        await failing_for_good(caller)
+    except KeyError:
+        pass
+    return await failing_for_good(caller)
+
+
 async def near_other_arguments(caller: Caller) -> Any:
     """Each has a near-cache, and calls with two kinds of arguments, the others the other way round."""
     give_near(caller)
@@ -155,6 +165,8 @@ NEAR = [
     (near_a_second_later, Slow),
     (near_own_forget, Telling),
     (near_own_forget, Model),
+    (near_failing, Telling),
+    (near_failing, Model),
     (near_other_arguments, Telling),
     (near_other_arguments, Model),
     (near_too_late, Telling),
@@ -190,6 +202,7 @@ def test_every_history_with_answers_from_memory_keeps_its_promises(
         (forgetting, InMemory),
         (near_twice, Telling),
         (near_twice, Model),
+        (near_failing, Model),
         (near_other_arguments, Model),
     ],
     ids=named,
