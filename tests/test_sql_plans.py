@@ -1,21 +1,26 @@
 """What statements cost on a large table: the index that each uses, purges in batches, connections that stay at hand."""
 
+import ast
 import asyncio
 import contextlib
+import inspect
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
 from colours import Colour
 from sqlalchemy import event
-from test_sql import A, Commands, engine_of, joined, on_each_database, on_each_server, opened, table_of
+from test_sql import A, B, Commands, engine_of, joined, on_each_database, on_each_server, opened, rows_of, table_of
 
 from idempotent import SQLBackend
 from idempotent._drive import drive
-from idempotent._record import RecordId
-from idempotent.backends import sql
+from idempotent._record import Answer, Expired, RecordId
+from idempotent.backends import _statements, sql
+from idempotent.backends.base import Backend
 
 assert opened  # a fixture
 
@@ -52,13 +57,29 @@ def fill(url: str, rows: int, over: int) -> None:
         connection.exec_driver_sql(f"{words} {table_of(url).name}").close()
 
 
+class Sent(NamedTuple):
+    """A statement that was sent."""
+
+    statement: str
+    parameters: Any
+    rows: int
+    """How many it changed."""
+    source: Any
+    """What it was compiled from; None: it was text."""
+    place: int
+    """The line of `_statements.py` that sent it; 0: none did."""
+
+
 @contextlib.contextmanager
-def sent_by(backend: SQLBackend) -> Iterator[list[tuple[str, Any, int]]]:
-    """The statements that the blocking view sends, with parameters and how many rows each changed."""
+def sent_by(backend: SQLBackend) -> Iterator[list[Sent]]:
+    """The statements that the blocking view sends."""
     engine, sent = backend.blocking()._link.engine, []  # type: ignore[attr-defined]
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        sent.append((statement, parameters, cursor.rowcount))
+        frames = traceback.walk_stack(None)
+        place = next((line for frame, line in frames if frame.f_code.co_filename == _statements.__file__), 0)
+        source = None if context.compiled is None else context.compiled.statement
+        sent.append(Sent(statement, parameters, cursor.rowcount, source, place))
 
     event.listen(engine, "after_cursor_execute", note)
     try:
@@ -67,31 +88,81 @@ def sent_by(backend: SQLBackend) -> Iterator[list[tuple[str, Any, int]]]:
         event.remove(engine, "after_cursor_execute", note)
 
 
-def every_command(backend: SQLBackend) -> None:
-    """All commands, in the ways that they take: fresh, lapsed, renewed, settled, withdrawn, forgotten."""
+def every_command(backend: SQLBackend, age: Callable[[RecordId], None]) -> set[str]:
+    """All commands, in the ways that they take: fresh, lapsed, renewed, settled, remembered, withdrawn, forgotten.
+
+    `age` lets an hour pass for a record. Returns the commands' names.
+    """
     blocking = backend.blocking()
+    told: set[str] = set()
+
+    def do(command: str, *args: Any, **options: Any) -> Any:
+        told.add(command)
+        return drive(getattr(blocking, command)(*args, **options))
 
     def claimed(key: str, **changes: Any) -> Any:
-        options: dict[str, Any] = {"fingerprint": b"f" * 16, "lease": 30.0, "keep": None, "takeover": True}
-        return drive(blocking.claim(RecordId("n", key), attempt=A, **(options | changes)))
+        options = {"attempt": A, "fingerprint": b"f" * 16, "lease": 30.0, "keep": None, "takeover": True}
+        return do("claim", RecordId("n", key), **(options | changes))
+
+    def complete(key: str, **changes: Any) -> None:
+        options = {"codec": "", "body": b"done", "ttl": 60.0} | changes
+        assert do("complete", RecordId("n", key), attempt=A, token=claimed(key).token, **options) is Answer.DONE
 
     rid = RecordId("n", "one")
     token = claimed("one").token
     claimed("one", fingerprint=b"g" * 16)
-    drive(blocking.renew(rid, attempt=A, token=token, lease=30.0))
-    drive(blocking.changed(rid, token=token, timeout=0.01))
-    drive(blocking.complete(rid, attempt=A, token=token, codec="", body=b"done", ttl=60.0))
+    do("renew", rid, attempt=A, token=token, lease=30.0)
+    do("changed", rid, token=token + 1, timeout=30.0)
+    age(rid)
+    assert claimed("one", attempt=B).took_over
+    do("forget", rid, force=True)
+    complete("one")
     claimed("one")
-    drive(blocking.read(rid))
-    drive(blocking.forget(rid))
-    two = RecordId("n", "two")
-    drive(blocking.release(two, attempt=A, token=claimed("two").token))
-    drive(blocking.release(RecordId("n", "three"), attempt=A, token=None))
-    drive(blocking.release(RecordId("n", "four"), attempt=A, token=claimed("four").token, unknown=True))
+    do("read", rid)
+    do("forget", rid)
+    failed = {"codec": "", "body": b"why", "ttl": 60.0}
+    do("fail", RecordId("n", "failed"), attempt=A, token=claimed("failed").token, **failed)
+    do("release", RecordId("n", "two"), attempt=A, token=claimed("two").token)
+    do("release", RecordId("n", "three"), attempt=A, token=None)
+    do("release", RecordId("n", "four"), attempt=A, token=claimed("four").token, unknown=True)
+    for key in ("late", "later"):
+        complete(key, remember=10_000.0)
+        age(RecordId("n", key))
+    assert isinstance(claimed("late"), Expired)
+    told.add("scan")
     scan = blocking.scan()
     drive(anext(scan))
     drive(scan.aclose())
-    drive(blocking.purge(100))
+    do("purge", 1000)
+    assert do("read", RecordId("n", "later")).state == "expired"
+    return told
+
+
+def statements_of(backend: SQLBackend) -> dict[str, Any]:
+    """The statements that are made for the table, by name."""
+    made = vars(backend._statements).items()
+    return {name: value for name, value in made if isinstance(value, sa.ClauseElement)}
+
+
+def places() -> list[range]:
+    """The lines of `_statements.py` that send something."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(_statements))) if isinstance(node, ast.Call)]
+    ways = ("execute", "exec_driver_sql", "scalar", "scalars")
+    sends = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ways and call.args]
+    return [range(call.lineno, (call.end_lineno or call.lineno) + 1) for call in sends]
+
+
+UNSENT = {"postgresql": {"_over"}, "sqlite": {"_over_free"}}
+"""The statements that a database is never sent: each has one of the two that find what is to be purged."""
+ELSEWHERE = {"postgresql": {"check_size"}, "sqlite": {"check_size", "fresh"}}
+"""The functions with a place that sends what other databases alone are sent."""
+
+
+def name_at(line: int) -> str:
+    """The function of `_statements.py` that this line is in."""
+    nodes = ast.walk(ast.parse(inspect.getsource(_statements)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return next(each.name for each in functions if each.lineno <= line <= (each.end_lineno or 0))
 
 
 def uses_index(connection: sa.Connection, statement: str, parameters: Any, table: str) -> str | None:
@@ -112,19 +183,28 @@ def test_every_statement_finds_its_rows_by_an_index(backend_url: str, rows: int,
     backend = opened(backend_url, timeout=60)
     drive(backend.blocking().read(RecordId("n", "k")))
     fill(backend_url, rows, over=200)
-    with sent_by(backend) as sent:
-        every_command(backend)
-    statements = {statement: parameters for statement, parameters, _ in sent if "idle" not in statement}
-    assert len([one for one in statements if "DELETE" in one or "UPDATE" in one or "INSERT" in one]) >= 5
+    with rows_of(backend_url) as beside, sent_by(backend) as sent:
+        told = every_command(backend, lambda rid: beside.age(rid, 3_600_000_000))
+    assert told >= Backend.__abstractmethods__
     table = table_of(backend_url).name
+    statements = {one.statement: one for one in sent if table in one.statement}
     with engine_of(backend_url) as engine, engine.connect() as connection:
-        plans = {
-            statement: uses_index(connection, statement, values, table)
-            for statement, values in statements.items()
-            if table in statement
-        }
-    assert len(plans) >= 8
-    assert [plan for plan in plans.values() if plan] == []
+        plans = [uses_index(connection, one.statement, one.parameters, table) for one in statements.values()]
+    assert [plan for plan in plans if plan] == []
+    explained = {id(one.source) for one in statements.values()}
+    unexplained = {name for name, made in statements_of(backend).items() if id(made) not in explained}
+    assert unexplained == UNSENT[backend.name]
+    idle = {name_at(place.start) for place in places() if not any(one.place in place for one in sent)}
+    assert idle == ELSEWHERE[backend.name]
+
+
+def test_a_plan_without_an_index_is_told(tmp_path: Path, opened: Callable[..., Any]) -> None:
+    url = f"sqlite:///{tmp_path}/plans.db"
+    drive(opened(url).blocking().read(RecordId("n", "k")))
+    table = table_of(url).name
+    with engine_of(url) as engine, engine.connect() as connection:
+        assert uses_index(connection, f"DELETE FROM {table} WHERE state = ?", ("C",), table)
+        assert not uses_index(connection, f"DELETE FROM {table} WHERE id = ?", ("i",), table)
 
 
 @on_each_database
@@ -135,7 +215,7 @@ def test_a_large_purge_is_many_short_statements(backend_url: str, opened: Callab
     fill(backend_url, 2_400, over=2_300)
     with sent_by(backend) as sent:
         assert drive(blocking.purge(100_000)) == 2_300
-    assert [rows for statement, _, rows in sent if "DELETE" in statement] == [1000, 1000, 300]
+    assert [one.rows for one in sent if "DELETE" in one.statement] == [1000, 1000, 300]
     assert drive(blocking.purge(100_000)) == 0
 
 

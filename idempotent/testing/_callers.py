@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from idempotent import _acquire
 from idempotent import _flow as flow
+from idempotent._near import Near
 from idempotent._record import ATTEMPT_BYTES, LOCKS, RecordId
 from idempotent._rooms import Asker, Held, Rooms
 from idempotent._rooms import Plan as LockPlan
@@ -19,7 +20,7 @@ from idempotent.errors import BackendUnavailable, FingerprintMismatch, InProgres
 from idempotent.serializers import codec_for
 from idempotent.testing._world import START, Applied, Facts, Model, Step, World, hand_over
 
-__all__ = ["LEASE", "Caller", "End", "Local", "Move", "Scenario", "Troupe", "call", "hold"]
+__all__ = ["LEASE", "Caller", "End", "Local", "Move", "Scenario", "Troupe", "call", "forget", "hold"]
 
 LEASE = 30.0
 """Seconds of virtual time."""
@@ -51,8 +52,12 @@ class Caller:
     """One of the callers: a process of its own, as far as the store can tell. A scenario touches the world only by it."""
 
     def __init__(self, number: int, model: Model) -> None:
-        self.number = number
+        self.number = model.number = number
         self.model = model
+        self.flights = Flights()
+        self.near: Near | None = None
+        """The near-cache of its process, whose clock is to be the caller's; None: there is none."""
+        self._attempts = 0
         self.driver = _Virtual(model)
         self.run: Run | None = None
         """Its call of a decorated function, if that is what it makes."""
@@ -68,6 +73,11 @@ class Caller:
     def name(self) -> str:
         """What diagrams call it."""
         return f"caller {self.number + 1}"
+
+    def new_attempt(self) -> bytes:
+        """An attempt id that is the same whenever this is played again."""
+        self._attempts += 1
+        return b"%d.%d" % (self.number, self._attempts) + b" " * (ATTEMPT_BYTES - 3)
 
     async def effect(self) -> Any:
         """Take effect on the world, once more each time: what must happen once. Returns a value of its own."""
@@ -312,20 +322,43 @@ _PLAIN = (int, float, bool, bytes, type(None))
 
 
 class _Run(Run):
-    """A run whose attempt ids are the same whenever it is played again."""
+    """A run whose attempt ids are its caller's."""
 
-    __slots__ = ("_attempts", "_number")
+    __slots__ = ("_caller",)
 
-    def __init__(self, number: int, plan: Plan, rid: RecordId, fingerprint: bytes) -> None:
-        self._number, self._attempts = number, 0
-        super().__init__(plan, rid, fingerprint, dict)
+    def __init__(self, caller: Caller, plan: Plan, fingerprint: bytes) -> None:
+        self._caller = caller
+        super().__init__(plan, _RID, fingerprint, dict)
 
     def new_attempt(self) -> bytes:
-        self._attempts += 1
-        return b"%d.%d" % (self._number, self._attempts) + b" " * (ATTEMPT_BYTES - 3)
+        return self._caller.new_attempt()
 
 
 _codec = codec_for(lambda: None, None)
+_RID = RecordId("explored", "k")
+
+
+def _plan(caller: Caller, **options: Any) -> Plan:
+    """What the function of the caller's process asked for."""
+    defaults: dict[str, Any] = {"ttl": 86_400.0, "wait": None, "error_ttl": {}, "on_crash": "rerun"}
+    plan = Plan(
+        backend=caller.model,
+        flights=caller.flights,
+        codec=_codec,
+        namespace="explored",
+        lease=LEASE,
+        keep_result=True,
+        run_on_outage=False,
+        hooks=(),
+        stats={},
+        **defaults | options,
+    )
+    near = plan.near = caller.near
+    if near is None:
+        plan.find = caller.model.finder()
+    else:
+        plan.find, plan.flights.nears[id(near)] = near.find, near
+    return plan
 
 
 async def call(
@@ -351,23 +384,31 @@ async def call(
         ttl: how long a result is replayed.
         remember: 0: past its ttl the key is free.
     """
-    plan = Plan(
-        backend=caller.model,
-        flights=Flights(),
-        codec=_codec,
-        namespace="explored",
-        ttl=ttl,
-        lease=LEASE,
-        wait=wait,
-        keep_result=True,
-        error_ttl=error_ttl or {},
-        on_crash=on_crash,
-        run_on_outage=False,
-        hooks=(),
-        stats={},
-        remember=remember,
-    )
-    run = caller.run = _Run(caller.number, plan, RecordId("explored", "k"), fingerprint)
+    plan = _plan(caller, on_crash=on_crash, wait=wait, error_ttl=error_ttl or {}, ttl=ttl, remember=remember)
+    run = caller.run = _Run(caller, plan, fingerprint)
+    replay = await _at_hand(caller, run)
+    if replay is None:
+        replay = await _called(caller, run, body)
+    caller.stored, caller.token = replay.stored, replay.token
+    if replay.error is not None:
+        raise replay.error
+    return replay.value
+
+
+async def _at_hand(caller: Caller, run: Run) -> flow.Replay | None:
+    """The answer in the process's own memory, judged by what the store has at that moment; None: there is none."""
+    plan, model = run.plan, caller.model
+    if plan.find is None:
+        return None
+    seen = await model.look(run.rid)
+    found = plan.find(run.rid.text, run.fingerprint)
+    promise = model.judge_memory(seen, found, run.fingerprint)
+    if found is not None or promise:
+        await hand_over(Step("memory", lambda facts, _rules: Applied(None, facts, promise), is_effect=True))
+    return None if found is None else flow.at_hand(plan, run.rid.text, found)
+
+
+async def _called(caller: Caller, run: Run, body: Callable[[], Awaitable[Any]] | None) -> flow.Replay:
     driver = caller.driver
     value = None
     try:
@@ -380,26 +421,30 @@ async def call(
     except BaseException as error:
         await flow.abandon(driver, run, error)
         raise
-    if replay is None:
-        replay = await flow.settle(driver, run, value)
-    caller.stored, caller.token = replay.stored, replay.token
-    if replay.error is not None:
-        raise replay.error
-    return replay.value
+    return await flow.settle(driver, run, value) if replay is None else replay
+
+
+async def forget(caller: Caller) -> bool:
+    """The `forget` of the function that `call` calls; whether there was a record.
+
+    Raises:
+        InProgress: it runs, and was left alone.
+    """
+    return await flow.forget(_Run(caller, _plan(caller), b""), force=False)
 
 
 class _Held(Held):
-    """A hold whose attempt ids are the same whenever it is played again."""
+    """A hold whose attempt ids are its caller's."""
 
-    __slots__ = ("_attempts", "_number")
+    __slots__ = ("_caller",)
 
-    def __init__(self, number: int, driver: Any, plan: LockPlan, rid: RecordId, asker: Asker) -> None:
-        self._number, self._attempts = number, 0
-        super().__init__(driver, plan, rid, asker)
+    def __init__(self, caller: Caller, plan: LockPlan) -> None:
+        self._caller = caller
+        driver: Any = caller.driver
+        super().__init__(driver, plan, RecordId("", "explored", LOCKS), Asker(is_async=False))
 
     def new_attempt(self) -> bytes:
-        self._attempts += 1
-        return b"%d.%d" % (self._number, self._attempts) + b" " * (ATTEMPT_BYTES - 3)
+        return self._caller.new_attempt()
 
 
 async def hold(caller: Caller, *, wait: float | None = None, renewals: int = 0) -> Any:
@@ -421,7 +466,7 @@ async def hold(caller: Caller, *, wait: float | None = None, renewals: int = 0) 
         hooks=(),
     )
     driver: Any = caller.driver
-    held = _Held(caller.number, driver, plan, RecordId("", "explored", LOCKS), Asker(is_async=False))
+    held = _Held(caller, plan)
     caller.held = held
     error: BaseException | None = None
     value = None

@@ -5,10 +5,12 @@ out once for a world is found again by its identity.
 """
 
 import types
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any, NamedTuple
 
 from idempotent import _machine as machine
+from idempotent._near import UNHEARD
 from idempotent._record import (
     SETTLED,
     Answer,
@@ -20,15 +22,30 @@ from idempotent._record import (
     Record,
     RecordId,
     Row,
+    Settled,
     State,
     StateName,
     Unknown,
     describe,
     standing,
 )
-from idempotent.backends.base import Backend, micros
+from idempotent.backends.base import Backend, Copies, Finder, Heed, micros
+from idempotent.backends.local import _Store
 
-__all__ = ["SETTLED", "START", "Applied", "Facts", "Model", "Step", "World", "Worlds", "hand_over"]
+__all__ = [
+    "SETTLED",
+    "START",
+    "Applied",
+    "Facts",
+    "InMemory",
+    "Model",
+    "Seen",
+    "Step",
+    "Telling",
+    "World",
+    "Worlds",
+    "hand_over",
+]
 
 START = 1_000_000
 """Virtual microseconds at which each history begins."""
@@ -51,6 +68,8 @@ class Facts(NamedTuple):
     """Leases that ran out."""
     inside: tuple[tuple[int, int], ...] = ()
     """Who is in a critical section, and until when nobody else may be."""
+    forgotten: tuple[tuple[int, int], ...] = ()
+    """Token and time of each recorded outcome that was forgotten; not by force, which is for what runs."""
 
     def row(self, text: str) -> Row | None:
         """The record of that id."""
@@ -144,14 +163,17 @@ def hand_over(step: Step) -> Generator[Step, Any, Any]:
     return (yield step)
 
 
-def _observed(facts: Facts, text: str, row: Row | None, reply: Any) -> Applied:
+def _observed(facts: Facts, text: str, row: Row | None, reply: Any, *, forgets: bool) -> Applied:
     """The facts after a command stored `row` (None: it changed nothing), and the promise that it broke."""
     promise = ""
     was = standing(facts.row(text), facts.now)
     if row is not None:
         ended = was is None or was.state not in SETTLED or was.state is State.EXPIRED
         if was is not None and not ended and (row.state, row.body) != (was.state, was.body):
-            promise = "1. a recorded outcome was changed"
+            if forgets and row.state is State.WITHDRAWN:
+                facts = facts._replace(forgotten=(*facts.forgotten, (was.token, facts.now)))
+            else:
+                promise = "1. a recorded outcome was changed"
         elif row.state in SETTLED and (was is None or was.state not in SETTLED):
             if facts.newest[0] and row.token != facts.newest[0]:
                 promise = "8. an outcome was recorded under a token that was not the newest"
@@ -196,6 +218,13 @@ def _refused(row: Row | None, attempt: bytes, token: int | None, reply: Answer, 
     return ""
 
 
+class Seen(NamedTuple):
+    """What the store has at the moment at which a caller looks into its own memory."""
+
+    row: Row | None
+    forgotten: tuple[tuple[int, int], ...]
+
+
 class Model(Backend):
     """A store in virtual time, each of whose commands waits for the explorer; it serves async flows alone.
 
@@ -207,6 +236,11 @@ class Model(Backend):
     def __init__(self) -> None:
         self.now = START
         """Virtual microseconds when its caller was last told something."""
+        self.number = 0
+        """Its caller's."""
+        self.told: set[int] = set()
+        """The tokens of outcomes that its process knows to be forgotten."""
+        self._forgets = 0
 
     async def _command(
         self,
@@ -224,7 +258,7 @@ class Model(Backend):
         def apply(facts: Facts, rules: Any) -> Applied:
             found = facts.row(text)
             reply, row = decide(rules, found, facts.now)
-            applied = _observed(facts, text, row, reply)
+            applied = _observed(facts, text, row, reply, forgets=label == "forget")
             return applied if applied.promise else applied._replace(promise=judge(found, reply, row, facts.now))
 
         return await hand_over(Step(label, apply))
@@ -329,12 +363,46 @@ class Model(Backend):
         return found
 
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
+        self._forgets += 1
+        attempt = b"f%d.%d" % (self.number, self._forgets)
+
         def decide(rules: Any, row: Row | None, now: int) -> Any:
-            found, left = rules.on_forget(row, b"forgets.", now, force=force)
+            found, left = rules.on_forget(row, attempt, now, force=force)
             return None if found is None else describe(rid, found, now), left
 
-        found: Record | None = await self._command("forget", rid, decide)
+        found: Record | None = await self._command("forget by force" if force else "forget", rid, decide)
+        if found is not None and found.state in ("completed", "failed"):
+            self.told.add(found.token)
         return found
+
+    async def look(self, rid: RecordId) -> Seen:
+        """The record at the moment at which the caller looks into its own memory. No command of a backend."""
+        text = rid.text
+        seen: Seen = await hand_over(
+            Step("look", lambda facts, _rules: Applied(Seen(facts.row(text), facts.forgotten), facts), is_effect=True)
+        )
+        return seen
+
+    def judge_memory(self, seen: Seen, found: tuple[Row, int] | None, fingerprint: bytes) -> str:
+        """The promise that is broken where a process that saw this `found` that in its own memory; "": none."""
+        if found is None:
+            return ""
+        copy, wrong = found[0], "15. an answer from memory is not what is recorded"
+        reply, _ = machine.on_claim(seen.row, machine.Ask(b"looks...", fingerprint, 1, None, True), self.now)
+        if isinstance(reply, Settled):
+            told = (reply.failed, reply.token, reply.codec, reply.body)
+            if told == (copy.state is State.FAILED, copy.token, copy.codec, copy.body):
+                return ""
+        if copy.fingerprint != fingerprint or isinstance(reply, Mismatched):
+            return "13. a call was answered from the outcome of other arguments"
+        if isinstance(reply, Expired):
+            return "14. a key that is remembered was free again, or its result was told past its ttl"
+        when = dict(seen.forgotten).get(copy.token)
+        if when is None:
+            return wrong
+        if copy.token in self.told or self.now >= when + UNHEARD:
+            return "15. a forgotten outcome was told by a process that knew of it, or a second later"
+        return ""
 
     async def changed(self, rid: RecordId, *, token: int, timeout: float) -> None:
         text, deadline = rid.text, self.now + micros(timeout)
@@ -358,6 +426,71 @@ class Model(Backend):
 
     async def purge(self, limit: int = 1000) -> int:
         return 0
+
+
+class InMemory(Model):
+    """A store in its callers' own memory, as `local://` is: what is settled is found without a command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = _Store(1000, lambda: self.now)
+
+    def finder(self) -> Finder:
+        return self._memory.look
+
+    async def look(self, rid: RecordId) -> Seen:
+        seen = await super().look(rid)
+        self._memory.put(rid.text, seen.row)
+        return seen
+
+    def judge_memory(self, seen: Seen, found: tuple[Row, int] | None, fingerprint: bytes) -> str:
+        reply, _ = machine.on_claim(seen.row, machine.Ask(b"looks...", fingerprint, 1, None, True), self.now)
+        if isinstance(reply, Settled) and found is None:
+            return "15. what is recorded was not found in memory"
+        return super().judge_memory(seen, found, fingerprint)
+
+
+class Telling(Model):
+    """A store that tells of what is forgotten, as one Redis does: notices overtake the replies to commands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session = 1
+        """What copies rest on; 0: nothing is heard."""
+        self._copies: weakref.WeakSet[Copies] = weakref.WeakSet()
+        self._missed: set[int] = set()
+
+    def heed(self, copies: Copies) -> Heed:
+        self._copies.add(copies)
+        return lambda: self.session
+
+    def breaks(self) -> None:
+        """The line breaks: from now on nothing is heard."""
+        self.session = 0
+
+    async def listens_again(self) -> None:
+        """There is another line; what was told meanwhile was missed."""
+        self._missed = {token for token, _ in (await super().look(RecordId("", ""))).forgotten}
+        self.session = 2
+
+    async def _command(self, *args: Any, **options: Any) -> Any:
+        reply = await super()._command(*args, **options)
+        if self.session:
+            self._hear((await super().look(RecordId("", ""))).forgotten)
+        return reply
+
+    async def look(self, rid: RecordId) -> Seen:
+        seen = await super().look(rid)
+        if self.session:
+            self._hear(seen.forgotten)
+        return seen
+
+    def _hear(self, forgotten: tuple[tuple[int, int], ...]) -> None:
+        heard = {token for token, _ in forgotten} - self._missed
+        if not heard <= self.told:
+            self.told |= heard
+            for copies in self._copies:
+                copies.clear()
 
 
 def _nothing(facts: Facts, _rules: Any) -> Applied:

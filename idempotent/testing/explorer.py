@@ -7,16 +7,19 @@ same state it goes on from there once (explicit-state model checking, as in Clar
 1999). Nothing here is a model of the flows: they are those that ship.
 
 Invariants: 1. the outcome of a record never changes, and is kept and told for its ttl; 2. callers that succeed agree; 3.
-tokens grow with each claim that is granted; 4. what is returned is what is stored; 5. runs <= 1 + lease ends + releases,
-and where a crash is not to be guessed at, <= 1 + releases; 6. without faults the effect happens exactly once, and nobody is
-told of trouble; with faults, of none that they do not explain; 7. every caller that lives comes to an end, and a key whose
-lease is over can be claimed; 8. who records holds the newest token; 9. a caller that has finished leaves no running record
-of its own; 10. an owner is refused only if another has taken over; 11. a command applied twice changes nothing and answers
-the same; 12. nobody enters a lock while another surely holds it; 13. no call is answered from the outcome of other
-arguments, nor refused for its own; 14. a key that is remembered past its result's ttl is neither free nor tells the result.
+tokens grow with each claim that is granted; 4. what is returned is what is stored; 5. runs <= 1 + lease ends + releases
++ outcomes forgotten, and where a crash is not to be guessed at, the same without lease ends; 6. without faults the effect
+happens exactly once, and nobody is told of trouble; with faults, of none that they do not explain; 7. every caller that
+lives comes to an end, and a key whose lease is over can be claimed; 8. who records holds the newest token; 9. a caller that
+has finished leaves no running record of its own; 10. an owner is refused only if another has taken over; 11. a command
+applied twice changes nothing and answers the same; 12. nobody enters a lock while another surely holds it; 13. no call is
+answered from the outcome of other arguments, nor refused for its own; 14. a key that is remembered past its result's ttl is
+neither free nor tells the result; 15. what a process answers from its own memory is what the store would answer, but for a
+forget that it was not told of, for a second at the most.
 
 What is not explored: a command and its reply are one step, so no lease ends between them, and a command that was lost is
-not applied later; the callers share no process; heartbeats beat where a scenario lets them.
+not applied later; the callers share no process, but for the records of a store in their memory; heartbeats beat where a
+scenario lets them.
 """
 
 import itertools
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from idempotent import _machine as machine
-from idempotent._record import Answer, Granted, State
+from idempotent._record import Answer, Granted, Record, State
 from idempotent._run import Run
 from idempotent.errors import (
     BackendUnavailable,
@@ -40,10 +43,21 @@ from idempotent.errors import (
     ResultUnavailable,
     SerializationError,
 )
-from idempotent.testing._callers import Caller, End, Local, Move, Scenario, Troupe, call, hold, unavailable
-from idempotent.testing._world import SETTLED, START, Facts, Model, Step, World, Worlds
+from idempotent.testing._callers import Caller, End, Local, Move, Scenario, Troupe, call, forget, hold, unavailable
+from idempotent.testing._world import SETTLED, START, Facts, InMemory, Model, Step, Telling, World, Worlds
 
-__all__ = ["Caller", "Exploration", "Model", "Violation", "call", "explore", "hold"]
+__all__ = [
+    "Caller",
+    "Exploration",
+    "InMemory",
+    "Model",
+    "Telling",
+    "Violation",
+    "call",
+    "explore",
+    "forget",
+    "hold",
+]
 
 _STEPS = 400
 """What has not ended after so many steps never does."""
@@ -226,6 +240,8 @@ class _Space:
         same = again.reply == once.reply
         if isinstance(once.reply, Granted) and isinstance(again.reply, Granted):  # which took over is told once
             same = again.reply.token == once.reply.token
+        if isinstance(once.reply, Record) and isinstance(again.reply, Record):  # the result of what is forgotten, too
+            same = (again.reply.state, again.reply.token) == (once.reply.state, once.reply.token)
         promise = once.promise or again.promise
         applied, twice = self._worlds.of(once.facts), self._worlds.of(again.facts)
         if applied is not twice or not same:
@@ -353,13 +369,16 @@ def _judge_calls(ends: list[End], facts: Facts, *, faultless: bool) -> str:
     returned = [end for end in ends if end.error is None]
     # Whoever could not record its outcome says so: `stored` is False.
     agreed = [end for end in returned if end.stored]
-    if any(end.value != agreed[0].value for end in agreed):
+    told = {end.token if facts.forgotten else 0: end.value for end in agreed}
+    if any(end.value != told[end.token if facts.forgotten else 0] for end in agreed):
         return "2. callers that succeeded do not agree"
     guessing = not ends or any(end.run is None or end.run.plan.takeover for end in ends)
-    if facts.effects > 1 + facts.releases + (facts.expiries if guessing else 0):
+    epochs = 1 + len(facts.forgotten)
+    if facts.effects > epochs + facts.releases + (facts.expiries if guessing else 0):
         return "5. the effect happened again although no lease had run out"
-    settled = bool(returned) or any(row.state in SETTLED for _, row in facts.rows)
-    if faultless and facts.effects != max(1, facts.releases + settled):
+    settled = any(row.state in SETTLED for _, row in facts.rows)
+    settled |= bool(returned) and not facts.forgotten
+    if faultless and facts.effects != max(1, facts.releases + len(facts.forgotten) + settled):
         return f"6. without any fault the effect happened {facts.effects} times"
     asked = [(end.token, end.run.fingerprint) for end in returned if end.run is not None and end.run.fingerprint]
     if len(asked) != len({token for token, _ in asked}) and len(set(asked)) != len({token for token, _ in asked}):
@@ -369,7 +388,8 @@ def _judge_calls(ends: list[End], facts: Facts, *, faultless: bool) -> str:
         if run is None or not end.stored:
             continue
         for text, row in facts.rows:
-            if row.state is State.COMPLETED and text == run.rid.text:
+            newer = facts.forgotten and row.token != end.token
+            if row.state is State.COMPLETED and text == run.rid.text and not newer:
                 if _decoded(run, row.body, text) != [end.value]:
                     return "4. what was returned is not what is stored"
     for end in ends:

@@ -1,0 +1,287 @@
+"""The explorer on answers from a process's own memory: the local backend's finder, and the near-cache."""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from test_explorer import CALLS, failing_for_good, of_two_minds, too_late
+
+from idempotent import _flow as flow
+from idempotent import _near
+from idempotent._near import Near
+from idempotent._record import Row, State
+from idempotent.backends import local
+from idempotent.errors import FingerprintMismatch, InProgress
+from idempotent.testing import explore
+from idempotent.testing._world import START, Applied, Step, hand_over
+from idempotent.testing.explorer import Caller, InMemory, Model, Telling, call, forget
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was answered from memory, in time that is the caller's."""
+    told: list[str] = []
+    at_hand = flow.at_hand
+
+    def noted(plan: Any, text: str, found: Any) -> Any:
+        told.append(text)
+        return at_hand(plan, text, found)
+
+    monkeypatch.setattr(flow, "at_hand", noted)
+    monkeypatch.setattr(_near, "_micros", lambda: CLOCK.get()())
+    for module in (_near, flow):
+        monkeypatch.setattr(module, "monotonic", lambda: CLOCK.get()() / 1e6)
+    return told
+
+
+CLOCK: ContextVar[Callable[[], int]] = ContextVar("clock", default=lambda: START)
+"""The time of the caller that runs, if it has a near-cache."""
+
+
+def give_near(caller: Caller) -> None:
+    """Give the caller's process a near-cache."""
+    CLOCK.set(lambda: caller.model.now)
+    caller.near = Near(10, caller.model)
+
+
+async def forget_if_ended(caller: Caller) -> None:
+    try:
+        await forget(caller)
+    except InProgress:
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- scenarios
+
+
+async def twice(caller: Caller) -> Any:
+    """Each calls twice; without near-cache."""
+    await call(caller)
+    return await call(caller)
+
+
+async def forgetting(caller: Caller) -> Any:
+    """All but the first forget what there is, and call again; without near-cache."""
+    if caller.number:
+        await forget_if_ended(caller)
+    return await twice(caller)
+
+
+async def near_twice(caller: Caller) -> Any:
+    """The first caller has a near-cache and calls twice; the others forget what there is, and call."""
+    if caller.number:
+        await forget_if_ended(caller)
+        return await call(caller)
+    give_near(caller)
+    await call(caller)
+    return await call(caller)
+
+
+async def near_a_second_later(caller: Caller) -> Any:
+    """As `near_twice`, and the first caller's second call comes later than a second after what the others do."""
+    if caller.number:
+        await caller.pause(0.5)
+        await forget_if_ended(caller)
+        return await call(caller)
+    give_near(caller)
+    await call(caller)
+    await caller.pause(1.6)
+    return await call(caller)
+
+
+async def near_own_forget(caller: Caller) -> Any:
+    """The first caller has a near-cache, and forgets between two calls."""
+    if caller.number:
+        return await call(caller)
+    give_near(caller)
+    await call(caller)
+    await forget_if_ended(caller)
+    return await call(caller)
+
+
+async def near_failing(caller: Caller) -> Any:
+    """Each has a near-cache and calls twice what raises; the error is recorded."""
+    give_near(caller)
+    try:
+        await failing_for_good(caller)
+    except KeyError:
+        pass
+    return await failing_for_good(caller)
+
+
+async def near_other_arguments(caller: Caller) -> Any:
+    """Each has a near-cache, and calls with two kinds of arguments, the others the other way round."""
+    give_near(caller)
+    one, two = (b"a" * 16, b"b" * 16)[:: 1 if caller.number else -1]
+    for fingerprint in (one, two):
+        try:
+            await call(caller, fingerprint=fingerprint)
+        except FingerprintMismatch:
+            pass
+    return await call(caller, fingerprint=one)
+
+
+async def near_too_late(caller: Caller) -> Any:
+    """Each has a near-cache, and calls again when the result has expired; the key is remembered."""
+    give_near(caller)
+    await call(caller, ttl=10.0, remember=60.0)
+    await caller.pause(50.0)
+    return await call(caller, ttl=10.0, remember=60.0)
+
+
+async def near_on_a_line_that_breaks(caller: Caller) -> Any:
+    """As `near_a_second_later`, but the first caller hears nothing between its calls."""
+    if caller.number:
+        return await near_a_second_later(caller)
+    give_near(caller)
+    model: Any = caller.model
+    await call(caller)
+    model.breaks()
+    await caller.pause(1.6)
+    await model.listens_again()
+    return await call(caller)
+
+
+class Slow(Model):
+    """A store whose reply to a completion takes its time."""
+
+    async def complete(self, *args: Any, **options: Any) -> Any:
+        answer = await super().complete(*args, **options)
+        until = self.now + 900_000
+        nothing, ready = lambda facts, rules: Applied(None, facts), lambda facts: facts.now >= until
+        await hand_over(Step("wait", nothing, ready=ready, deadline=until))
+        return answer
+
+
+# ---------------------------------------------------------------------------------------------------- what ships
+
+FOUND = [(scenario, InMemory) for scenario in [*CALLS, twice, forgetting]]
+NEAR = [
+    (near_twice, Telling),
+    (near_twice, Model),
+    (near_a_second_later, Telling),
+    (near_a_second_later, Model),
+    (near_a_second_later, Slow),
+    (near_own_forget, Telling),
+    (near_own_forget, Model),
+    (near_failing, Telling),
+    (near_failing, Model),
+    (near_other_arguments, Telling),
+    (near_other_arguments, Model),
+    (near_too_late, Telling),
+    (near_too_late, Model),
+    (near_on_a_line_that_breaks, Telling),
+]
+
+
+def named(value: Any) -> str | None:
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize(("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model)], ids=named)
+@pytest.mark.parametrize(
+    ("callers", "crashes", "expiries", "lost_replies"),
+    [(1, 1, 1, 1), (2, 1, 1, 0), (2, 0, 0, 1), pytest.param(3, 0, 0, 0, marks=pytest.mark.soak)],
+)
+def test_every_history_with_answers_from_memory_keeps_its_promises(
+    scenario: Any, model: Any, callers: int, crashes: int, expiries: int, lost_replies: int
+) -> None:
+    budgets = {"callers": callers, "crashes": crashes, "expiries": expiries, "lost_replies": lost_replies}
+    found = explore(scenario, model=model, **budgets, seconds=100)
+    assert found, str(found)
+    assert found.complete
+
+
+@pytest.mark.parametrize(
+    ("scenario", "model"),
+    [
+        (call, InMemory),
+        (failing_for_good, InMemory),
+        (twice, InMemory),
+        (forgetting, InMemory),
+        (near_twice, Telling),
+        (near_twice, Model),
+        (near_failing, Model),
+        (near_other_arguments, Model),
+    ],
+    ids=named,
+)
+def test_some_histories_are_answered_from_memory(scenario: Any, model: Any, answers: list[str]) -> None:
+    assert explore(scenario, model=model, callers=2, crashes=0, expiries=0, lost_replies=0)
+    assert answers
+
+
+def test_all_answers_of_the_near_cache_are_the_stores_but_for_a_forget_by_others() -> None:
+    """Where nobody tells, a copy that was forgotten is told for up to a second: the explorer finds that history."""
+    strict = type("Strict", (Model,), {"told": property(lambda self: {*range(START, 2 * START)}, lambda *_: None)})
+    found = explore(near_twice, model=strict, callers=2, crashes=0, expiries=0, lost_replies=0)
+    assert found.violation is not None
+    assert found.violation.promise.startswith("15.")
+
+
+# -------------------------------------------------------------------------------------------------- planted bugs
+
+find, keep, look = Near.find, Near.keep, local._Store.look
+
+
+def find_without_fingerprint(near: Near, text: str, fingerprint: bytes) -> Any:
+    row = near._rows.get(text)
+    return find(near, text, fingerprint if row is None else row.fingerprint)
+
+
+def find_whatever_was_missed(near: Near, text: str, fingerprint: bytes) -> Any:
+    row = near._rows.get(text)
+    return None if row is None or row.fingerprint != fingerprint else (row, _near._micros())
+
+
+def keep_past_the_ttl(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
+    keep(near, mark, text, row, until + 1000)
+
+
+def keep_what_was_asked_before_a_forget(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
+    keep(near, (mark[0], near._drops, mark[2]), text, row, until)
+
+
+def keep_from_the_reply_on(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
+    keep(near, (*mark[:2], _near._micros()), text, row, until)
+
+
+def look_without_fingerprint(store: Any, key: str, fingerprint: bytes) -> Any:
+    return look(store, key, b"")
+
+
+def look_at_what_has_expired(store: Any, key: str, fingerprint: bytes) -> Any:
+    row = store.settled.get(key)
+    return None if row is None or row.state is State.EXPIRED else (row, store.clock())
+
+
+PLANTS: dict[str, tuple[Any, str, Any, Any, Any, str]] = {
+    "a copy told without its fingerprint": (Near, "find", find_without_fingerprint, near_other_arguments, Model, "13."),
+    "a copy that outlives its record": (Near, "keep", keep_past_the_ttl, near_too_late, Telling, "14."),
+    "a forget that is heard and ignored": (Near, "clear", lambda near: None, near_twice, Telling, "15."),
+    "a process that ignores its own forget": (Near, "clear", lambda near: None, near_own_forget, Model, "15."),
+    "a copy of what was asked before a forget": (
+        *(Near, "keep", keep_what_was_asked_before_a_forget),
+        *(near_twice, Telling, "15."),
+    ),
+    "a copy that nobody would tell of, for ever": (_near, "UNHEARD", 10**9, near_a_second_later, Model, "15."),
+    "a copy that counts from the reply on": (Near, "keep", keep_from_the_reply_on, near_a_second_later, Slow, "15."),
+    "a copy from before the line broke": (
+        *(Near, "find", find_whatever_was_missed),
+        *(near_on_a_line_that_breaks, Telling, "15."),
+    ),
+    "a look without the fingerprint": (local._Store, "look", look_without_fingerprint, of_two_minds, InMemory, "13."),
+    "a look at what has expired": (local._Store, "look", look_at_what_has_expired, too_late, InMemory, "14."),
+    "a look that finds nothing": (local._Store, "look", lambda *_: None, twice, InMemory, "15."),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_convicted(plant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name, bug, scenario, model, promise = PLANTS[plant]
+    assert explore(scenario, model=model, callers=2, crashes=0, expiries=0, lost_replies=0)
+    monkeypatch.setattr(where, name, bug)
+    found = explore(scenario, model=model, callers=2, crashes=0, expiries=0, lost_replies=0)
+    assert found.violation is not None
+    assert found.violation.promise.startswith(promise)
