@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
-from idempotent import _steps as steps
 from idempotent._flow import renew
 from idempotent._run import Call, Run
 from idempotent._signals import ThreadWaiter
@@ -245,6 +244,8 @@ class CallDriver(SyncDriver[Run]):
         self, call: Call, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """As Call.step."""
+        from idempotent import _steps as steps
+
         if steps.is_async(function):
             raise TypeError(f"the step {name!r} is an async function, and a sync function cannot await it")
         step = steps.Step(call, name, function, args, kwargs)

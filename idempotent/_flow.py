@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Awaitable, Callable
 from random import random
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idempotent import events
-from idempotent._near import Mark
 from idempotent._record import (
     STEPS,
     Answer,
@@ -44,6 +43,9 @@ from idempotent.errors import (
     UnprotectedWarning,
 )
 from idempotent.serializers import decode_error, encode_error, why
+
+if TYPE_CHECKING:
+    from idempotent._near import Mark
 
 DONE = "-"
 """The codec of an outcome of which only "it was done" was to be kept."""
@@ -142,7 +144,7 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
     return replay(run, settled)
 
 
-async def _copy_found(run: Run, settled: Settled, mark: Mark) -> None:
+async def _copy_found(run: Run, settled: Settled, mark: "Mark") -> None:
     """Copy what a claim has found into the near-cache, for as long as the backend says that it is there."""
     asked = monotonic()
     try:
@@ -153,7 +155,7 @@ async def _copy_found(run: Run, settled: Settled, mark: Mark) -> None:
         _copy(run, settled, mark, asked + record.expires_in)
 
 
-def _copy(run: Run, settled: Settled, mark: Mark, until: float) -> None:
+def _copy(run: Run, settled: Settled, mark: "Mark", until: float) -> None:
     if run.plan.near is not None:
         state = State.FAILED if settled.failed else State.COMPLETED
         since = int((monotonic() - settled.age) * 1e6)

@@ -11,16 +11,18 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from idempotent import events
-from idempotent._near import Near
 from idempotent._record import ATTEMPT_BYTES, RecordId, Settled
 from idempotent._signals import TaskWaiter, ThreadWaiter
 from idempotent.backends.base import Backend, Finder
 from idempotent.errors import BackendUnavailable, CallError, LeaseLost
 from idempotent.events import Counted, EventName, Hook
 from idempotent.serializers import Codec
+
+if TYPE_CHECKING:
+    from idempotent._near import Near
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -3,16 +3,13 @@
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, overload
 
 from idempotent import _config as config
 from idempotent import _flow as flow
-from idempotent import _observe as observe
 from idempotent._config import DEFAULT, Default, Duration
 from idempotent._drive import SYNC, drive, finish
 from idempotent._flow import Replay, at_hand
-from idempotent._near import Near
-from idempotent._observe import Watch
 from idempotent._record import Record, RecordId
 from idempotent._run import Flights, Plan, Run, Running, flights_of
 from idempotent._types import (
@@ -29,6 +26,9 @@ from idempotent.backends.base import Backend
 from idempotent.errors import CallError, IdempotencyError
 from idempotent.keys import Binder, check_key, new_key
 from idempotent.serializers import Codec, Serializer, codec_for
+
+if TYPE_CHECKING:
+    from idempotent._observe import Watch
 
 __all__ = ["explain", "forget", "idempotent", "key_for", "outcome", "peek", "resolve", "stats", "with_key"]
 
@@ -266,7 +266,11 @@ class _Spec:
             lease = options.get("lease", settings.lease)
             if self.within is None:
                 shared = config.resolve_backend(options.get("backend"))
-                longest = min(lease, observe.BUDGET) if settings.mode == "observe" else lease
+                longest = lease
+                if settings.mode == "observe":
+                    from idempotent._observe import BUDGET
+
+                    longest = min(lease, BUDGET)
                 backend = (shared.asynchronous() if self.is_async else shared.blocking()).within(longest)
                 flights = flights_of(shared)
             else:
@@ -296,6 +300,8 @@ class _Spec:
                 plan.find = backend.finder()
                 size = options.get("near_cache", settings.near_cache)
                 if plan.find is None and size:
+                    from idempotent._near import Near
+
                     plan.near = Near(size, backend)
                     plan.find = plan.near.find
                     flights.nears[id(plan.near)] = plan.near
@@ -497,25 +503,27 @@ def _async_call(spec: _Spec, key: str | None, pick: Pick | None, driver: Any = N
 Identify = Callable[[tuple[Any, ...], dict[str, Any]], tuple[str, bytes]]
 
 
-def _watch(spec: _Spec, identify: Identify, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watch:
+def _watch(spec: _Spec, identify: Identify, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Watch":
     """What is to be observed of a call."""
+    from idempotent import _observe as observe
+
     key = None
     try:
         key, fingerprint = identify(args, kwargs)
         if spec.within is None:
-            return Watch(spec.run(spec.plan(), args, kwargs, key, fingerprint))
+            return observe.Watch(spec.run(spec.plan(), args, kwargs, key, fingerprint))
     except Exception as error:  # a key function's, too: enforcement would let it through
         if spec.within is None:
             observe.unusable(spec.blind_plan(), error)
     # Nothing is: there is no key, or a claim would hold up other transactions, in savepoints that are not the
     # application's own. The function has a `current_call()` all the same.
     rid = RecordId(spec.namespace, key or new_key())
-    watch = Watch(Run(spec.blind_plan(), rid, b"", lambda: spec.binder.bind(args, kwargs)))
+    watch = observe.Watch(Run(spec.blind_plan(), rid, b"", lambda: spec.binder.bind(args, kwargs)))
     watch.over = True
     return watch
 
 
-def _observed(watch: Watch, pick: Pick | None, value: Any) -> Any:
+def _observed(watch: "Watch", pick: Pick | None, value: Any) -> Any:
     if pick is None:
         return value
     run = watch.run
@@ -526,6 +534,8 @@ def _sync_observed(spec: _Spec, identify: Identify, pick: Pick | None) -> Callab
     function = spec.function
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        from idempotent import _observe as observe
+
         watch = _watch(spec, identify, args, kwargs)
         value: Any = None
         try:
@@ -548,6 +558,8 @@ def _async_observed(spec: _Spec, identify: Identify, pick: Pick | None, driver: 
     function = spec.function
 
     async def call(*args: Any, **kwargs: Any) -> Any:
+        from idempotent import _observe as observe
+
         watch = _watch(spec, identify, args, kwargs)
         try:
             await observe.begin(driver, watch)

@@ -7,7 +7,6 @@ knows which record it works for, so that bytes cannot be moved from one record t
 import hashlib
 import hmac
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -215,9 +214,13 @@ class PickleSerializer(_Sealing):
         self._secret = secret
 
     def _plain(self, value: Any) -> bytes:
+        import pickle
+
         return pickle.dumps(value, protocol=5)
 
     def _value(self, data: bytes) -> Any:
+        import pickle
+
         return pickle.loads(data)  # noqa: S301  signed by us: see _open
 
     def _sign(self, data: bytes, record: str) -> bytes:
