@@ -1,6 +1,7 @@
 """What a guard costs beside its calls: bytes in Redis and in this process, imports, events, and processes at once."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -21,20 +22,22 @@ from idempotent.events import log_event
 __all__ = ["IMPORTS", "bytes_in_redis", "bytes_of_local_record", "calls_per_second", "import_seconds", "time_events"]
 
 IMPORTS = {
-    "idempotent": "idempotent",
-    "powertools": "aws_lambda_powertools.utilities.idempotency",
-    "kasper-idempotent": "kasper_idempotent",
-    "idempotency": "idempotency",
-    "dogpile.cache": "dogpile.cache",
-    "pyidempotent": "pyidempotent",
-    "idempotency-kit": "idempotency_kit",
-    "cashews": "cashews",
-    "aiocache": "aiocache",
-    "DBOS": "dbos",
-    "redis": "redis",
-    "sqlalchemy": "sqlalchemy",
+    "idempotent": "from idempotent import idempotent",
+    "idempotent, the name alone": "import idempotent",
+    "idempotent, its lock": "from idempotent import Lock",
+    "powertools": "from aws_lambda_powertools.utilities.idempotency import idempotent_function",
+    "kasper-idempotent": "from kasper_idempotent import idempotent",
+    "idempotency": "from idempotency import idempotent",
+    "dogpile.cache": "from dogpile.cache import make_region",
+    "pyidempotent": "from pyidempotent import idempotent",
+    "idempotency-kit": "from idempotency_kit import async_idempotent",
+    "cashews": "from cashews import Cache",
+    "aiocache": "from aiocache import cached_stampede",
+    "DBOS": "from dbos import DBOS",
+    "redis": "import redis",
+    "sqlalchemy": "import sqlalchemy",
 }
-"""What a program imports, by name of the library."""
+"""What a program writes to use it, by name of the library."""
 
 
 def bytes_in_redis(url: str) -> dict[str, int]:
@@ -74,17 +77,22 @@ def bytes_of_local_record(records: int) -> float:
 
 
 def import_seconds(rounds: int) -> dict[str, list[float]]:
-    """Seconds of a Python that imports each and ends, a value a round; "bare Python" imports nothing."""
+    """Seconds of a Python that imports each and ends, a value a round; "bare Python" imports nothing.
+
+    All of them are read from bytecode, as what is installed is.
+    """
     found: dict[str, list[float]] = {"bare Python": []}
-    programs = {"bare Python": "pass"} | {name: f"import {module}" for name, module in IMPORTS.items()}
+    programs = {"bare Python": "pass"} | IMPORTS
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for number in range(rounds + 1):
         for name, program in list(programs.items()):
             begun = time.perf_counter()
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=False)
+            command = [sys.executable, "-W", "ignore", "-c", program]
+            done = subprocess.run(command, capture_output=True, check=False, env=environment)
             took = time.perf_counter() - begun
             if done.returncode:
                 del programs[name]  # not installed
-            elif number:  # the first reads files that are not in memory yet
+            elif number:  # the first compiles, and reads files that are not in memory yet
                 found.setdefault(name, []).append(took)
     return found
 
