@@ -4,8 +4,8 @@
   token and puts the result there.
 - PostgreSQL and SQLite: the statements that we send ourselves, by SQLAlchemy Core in autocommit, on an engine with its
   default pool. "plain" are an INSERT, an UPDATE and a SELECT by primary key: the same, without lease and fingerprint.
-- local: `cachetools.cached` on a TTLCache with a lock, whose key does the work that ours does: it binds the arguments,
-  makes the key and digests what was asked for. "hashkey" is the same with the key that cachetools makes by default.
+- local: `cachetools.cached` on a TTLCache with a lock, whose key is what our decorator makes of a call, by the code that
+  it uses itself: key and fingerprint. "hashkey" is the same with the key that cachetools makes by default.
 """
 
 import os
@@ -244,14 +244,18 @@ def _sql_async(url: str) -> dict[str, Contender]:
 
 
 def _local(_url: str) -> dict[str, Contender]:
-    identify = idempotent(key="payment:{order_id}", backend="local://")(charge).key_for
+    guarded: Any = idempotent(key="payment:{order_id}", backend="local://")(charge)
+    identify: Callable[..., tuple[str, bytes]] = guarded.__idempotent_spec__[0].binder.identifier(None)
+
+    def our_key(*args: Any, **kwargs: Any) -> tuple[str, bytes]:
+        return identify(args, kwargs)
 
     def cached(key: Callable[..., Any]) -> Contender:
         store: Any = cachetools.TTLCache(100_000, TTL)
         call = cachetools.cached(store, key=key, lock=threading.RLock())(charge)
         return Contender.of(call)
 
-    return {"cachetools, our key": cached(identify), "cachetools, hashkey": cached(hashkey)}
+    return {"cachetools, our key": cached(our_key), "cachetools, hashkey": cached(hashkey)}
 
 
 def _local_async(_url: str) -> dict[str, Contender]:
