@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Target", "jain", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
+from benchmarks._work import DUPLICATES
+
+__all__ = ["Target", "jain", "judge", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
 
 
 def say(text: str) -> None:
@@ -84,6 +86,28 @@ def met_or_missed(targets: Sequence[Target]) -> str:
         for target in targets
     ]
     return table("Targets", ("measured", "target", ""), rows)
+
+
+def judge(sections: dict[str, Any]) -> None:
+    """Put beside the calls of each peer what the storms of the same run, store and colour say of it, as "duplicates".
+
+    Who was in none of them, as floors are, has no verdict.
+    """
+    for title, one in sections.get("calls", {}).items():
+        storms = [
+            storm["peers"]
+            for name, storm in sections.get("storms", {}).items()
+            if name.rpartition(", ")[0] == title.rpartition(", ")[0]
+        ]
+        one["duplicates"] = {}
+        for name in one["kinds"]["replay"]:
+            own = [peers[name] for peers in storms if name in peers]
+            if own:
+                one["duplicates"][name] = {
+                    "runs": [runs for each in own for runs in each["runs"]],
+                    "errors": [DUPLICATES - answers for each in own for answers in each["answers"]],
+                    "correct": all(each["correct"] for each in own),
+                }
 
 
 def _cpu_model() -> str:

@@ -27,6 +27,7 @@ from benchmarks._peers import OURS, POLLING, guards_of
 from benchmarks._report import Target, say, table
 from benchmarks._server import Server
 from benchmarks._storms import Storm, duplicate, prepare, verdict
+from benchmarks._work import DUPLICATES
 
 __all__ = ["SECTIONS", "Bench", "Result"]
 
@@ -106,6 +107,9 @@ def calls_tables(found: Result) -> str:
         rows = [(name, *(text for kind in KINDS for text in _cells(kinds[kind][name]))) for name in names]
         rows += [(name, why, "", "", "") for name, why in one["missing"].items()]
         columns = [text for kind in KINDS for text in (f"{kind} µs", "ratio [quartiles]")]
+        if "duplicates" in one:
+            rows = [(*row, *_verdict(one["duplicates"].get(row[0]))) for row in rows]
+            columns += [f"runs for {DUPLICATES}", "errors", ""]
         parts.append(table(f"{title}; ratios to: {one['floor']}", columns, rows))
     return "\n\n".join(parts)
 
@@ -113,6 +117,13 @@ def calls_tables(found: Result) -> str:
 def _cells(one: Result) -> tuple[str, str]:
     low, middle, high = one["ratio"]
     return f"{one['micros']:.1f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _verdict(own: Result | None) -> tuple[str, str, str]:
+    """What the storms say; None: nobody asked them."""
+    if own is None:
+        return "not asked", "", ""
+    return _span(own["runs"]), _span(own["errors"]), "right" if own["correct"] else "WRONG"
 
 
 _BOUNDS = {
@@ -139,7 +150,7 @@ def calls_targets(found: Result) -> Iterator[Target]:
                 yield Target(f"{title}: {kind} / {one['floor']}", ratio, "<=", bound)
 
 
-DUPLICATES, PROCESSES = 200, 8
+PROCESSES = 8
 _PATIENCE = 60.0
 """Seconds that a storm may last."""
 
@@ -370,9 +381,9 @@ def costs_targets(found: Result) -> Iterator[Target]:
 Section = tuple[Callable[[Bench], Result], Callable[[Result], str], Callable[[Result], Iterator[Target]]]
 
 SECTIONS: dict[str, Section] = {
-    "calls": (calls, calls_tables, calls_targets),
     "storms": (storms, storms_tables, storms_targets),
+    "calls": (calls, calls_tables, calls_targets),
     "growth": (growth, growth_tables, growth_targets),
     "costs": (costs, costs_tables, costs_targets),
 }
-"""By name: what it measures, its tables, what is promised."""
+"""By name, in the order of a run: what it measures, its tables, what is promised. The calls' tables tell what storms found."""

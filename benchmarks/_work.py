@@ -6,11 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["AMOUNT", "BODY", "TTL", "Contender", "Slow", "charge", "charge_async", "is_receipt", "receipt"]
+__all__ = [
+    "AMOUNT",
+    "BODY",
+    "DUPLICATES",
+    "TTL",
+    "Contender",
+    "Slow",
+    "charge",
+    "charge_async",
+    "is_receipt",
+    "receipt",
+]
 
 AMOUNT = 1999
 TTL = 3600
 """Seconds for which an outcome is kept, for all of them."""
+DUPLICATES = 200
+"""Callers of a storm, in all processes together."""
 _NOTE = "n" * 113
 BODY = b'{"order":"%s","amount":1999,"status":"charged","note":"%s"}' % (b"o" * 32, _NOTE.encode())
 """The result as JSON: what a floor stores. 200 bytes, with an order id of 32 characters."""

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import _calls, _sections, _storms, plot
+from benchmarks import _calls, _report, _sections, _storms, plot
 from benchmarks._server import Server
 
 
@@ -81,6 +81,38 @@ def test_wrong_storms_show_in_table_and_targets() -> None:
     assert "WRONG 1 LockError" in text
     assert "not installed" in text
     assert [target.met for target in _sections.storms_targets(found)] == [False]
+
+
+def calls_of(*names: str) -> Any:
+    """What calls found, where all of these took the same."""
+    own = {name: {"micros": 9.0, "ratio": [1.0, 1.0, 1.0], "rounds": 1} for name in names}
+    return {"floor": names[0], "missing": {}, "kinds": {kind: dict(own) for kind in _calls.KINDS}}
+
+
+def test_a_peer_that_failed_a_storm_is_marked_beside_its_calls_and_in_the_picture() -> None:
+    right = _sections._storm_summary([{"runs": 1, "answers": 200, "errors": {}, "last_ms": 5.0}])
+    wrong = _sections._storm_summary([{"runs": 3, "answers": 190, "errors": {"LockError": 10}, "last_ms": 5.0}])
+    sections = {
+        "calls": {"redis, sync, one CPU": calls_of("floor", "idempotent", "a peer")},
+        "storms": {
+            "redis, sync, 1 x 200": {"missing": {}, "peers": {"idempotent": right, "a peer": right}},
+            "redis, sync, 8 x 25": {"missing": {}, "peers": {"idempotent": right, "a peer": wrong}},
+            "redis, async, 8 x 25": {"missing": {}, "peers": {"idempotent": wrong}},
+        },
+    }
+    _report.judge(sections)
+    lines = {line.split("  ")[1]: line.split() for line in _sections.calls_tables(sections["calls"]).splitlines()[2:]}
+    assert lines["floor"][-2:] == ["not", "asked"]
+    assert lines["idempotent"][-3:] == ["1", "0", "right"]
+    assert lines["a peer"][-3:] == ["1-3", "0-10", "WRONG"]
+    picture = plot.drawn({"machine": {}, "quick": True, "sections": sections})
+    assert picture.count("WRONG") == picture.count('fill="url(#wrong)"') == 2  # its first calls and its replays
+
+
+def test_calls_without_storms_say_that_nobody_was_asked() -> None:
+    sections = {"calls": {"redis, sync, one CPU": calls_of("floor", "idempotent")}}
+    _report.judge(sections)
+    assert _sections.calls_tables(sections["calls"]).count("not asked") == 2
 
 
 def test_the_last_answer_is_compared_with_peers_that_are_right_and_with_those_that_poll() -> None:
