@@ -107,7 +107,7 @@ def _rounds(
         try:
             run(one.first, [known])
             run(one.first, [uuid.uuid4().hex for _ in range(10)])  # connections, scripts and prepared statements
-            run(one.replay, [known] * 10)
+            run(one.replay, _known(one, known, 10))
             mean = run(one.first, [uuid.uuid4().hex for _ in range(4)]) / 4
         except Exception as error:
             if name in needed:
@@ -124,12 +124,18 @@ def _rounds(
         random.shuffle(turns)
         for name, kind in turns:
             number = block[name]
-            ids = [known] * number if kind == "replay" else [uuid.uuid4().hex for _ in range(number)]
-            call = getattr(contenders[name], kind)
+            one = contenders[name]
+            ids = _known(one, known, number) if kind == "replay" else [uuid.uuid4().hex for _ in range(number)]
+            call = getattr(one, kind)
             run(call, ids[:2])  # others had the processor's caches
             took[kind][name].append(run(call, ids[2:] or ids) / (number - 2))
         if time.monotonic() >= until:
             return took
+
+
+def _known(one: Contender, hot: str, number: int) -> list[str]:
+    """Orders to replay."""
+    return [hot] * number if one.known is None else [one.known() for _ in range(number)]
 
 
 def summary(timings: Timings) -> Result:

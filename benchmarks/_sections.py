@@ -274,14 +274,14 @@ def growth(bench: Bench) -> Result:
     sizes = (1_000, 100_000) if bench.quick else (1_000, 100_000, 1_000_000)
     found: Result = {}
     for store in ("redis", "postgresql", "sqlite"):
-        urls = {f"{size:,}": _place(bench, store, number, size) for number, size in enumerate(sizes, 1)}
+        places = {f"{size:,}": (_place(bench, store, number, size), size) for number, size in enumerate(sizes, 1)}
         say(f"growth: filling {store} ...")
         with Crew(1) as crew:
-            for size, url in zip(sizes, urls.values(), strict=True):
-                crew.run(fill, [(url, size)], _PATIENCE)
+            for place in places.values():
+                crew.run(fill, [place], _PATIENCE)
             say(f"growth: {store} ...")
             seconds = 1.5 if bench.quick else 8.0
-            (timings,) = crew.run(time_sizes, [(store, urls, seconds)], seconds)
+            (timings,) = crew.run(time_sizes, [(store, places, seconds)], seconds)
         found[store] = summary(timings)
     return found
 

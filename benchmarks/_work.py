@@ -85,12 +85,14 @@ class Contender:
 
     first: Callable[[str], Any]
     replay: Callable[[str], Any]
+    known: Callable[[], str] | None = None
+    """An order whose record is there, another for each replay; None: one that was called before, again and again."""
 
     @classmethod
-    def of(cls, call: Call) -> "Contender":
+    def of(cls, call: Call, known: Callable[[], str] | None = None) -> "Contender":
         """Of a guarded function: the same call is the first for a new id, and a replay for one that is known."""
 
         def once(order_id: str) -> Any:
             return call(order_id, AMOUNT)
 
-        return cls(once, once)
+        return cls(once, once, known)

@@ -1,6 +1,7 @@
 """The benchmark itself: what it writes and draws, and that its column of correctness convicts a guard that is broken."""
 
 import contextlib
+import gc
 import json
 import logging
 import re
@@ -14,7 +15,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import _calls, _report, _sections, _storms, plot
+from benchmarks import _calls, _growth, _report, _sections, _storms, _work, plot
+from benchmarks._peers import guards_of
 from benchmarks._server import Server
 
 
@@ -65,8 +67,6 @@ def test_a_storm_convicts_a_guard_that_answers_with_something_else_or_refuses(mo
 
 @pytest.mark.parametrize("colour", ["sync", "async"])
 def test_a_storm_acquits_ours(colour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks._peers import guards_of
-
     found = verdict_on(guards_of("local", colour)[0]["idempotent"], monkeypatch, colour)
     assert (found["runs"], found["answers"], found["errors"]) == (1, 20, {})
     assert found["last_ms"] > 0
@@ -133,11 +133,36 @@ def test_calls_are_measured_in_rounds_of_everybody_beside_the_floor(
     urls = {"local": "local://", "sqlite": f"sqlite:///{tmp_path}/records.db"}
     url = urls.get(store) or request.getfixturevalue(f"own_{store.removesuffix('ql')}").url
     timings = _calls.time_calls(store, "sync", url, 0.0, only=("nobody",))
+    gc.collect()  # the floor's connections go, while warnings are switched off
     assert timings.floor in timings.took["first"]
     assert {len(own) for kind in timings.took.values() for own in kind.values()} == {1}
     found = _calls.summary(timings)
     assert found["kinds"]["replay"][timings.floor]["ratio"] == [1.0, 1.0, 1.0]
     assert found["kinds"]["replay"]["idempotent"]["micros"] > 0
+
+
+@pytest.mark.parametrize("store", ["sqlite", "redis", "postgresql"])
+def test_a_store_is_filled_with_records_that_our_function_replays(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = f"sqlite:///{tmp_path}/records.db"
+    if store != "sqlite":
+        url = request.getfixturevalue(f"own_{store.removesuffix('ql')}").url
+    _growth.fill(url, 3)
+    guarded: Any = guards_of(store, "sync")[0]["idempotent"](url, _work.charge)
+    for number, replayed in enumerate([True, True, True, False]):
+        order = _growth.filled(number)
+        found = guarded.outcome(order, _work.AMOUNT)
+        assert (found.replayed, found.value) == (replayed, _work.receipt(order, _work.AMOUNT))
+
+
+def test_replays_are_of_the_records_that_a_contender_names() -> None:
+    replayed: list[str] = []
+    named = [str(number) for number in range(500)]
+    contender = _work.Contender(lambda order: None, replayed.append, iter(named).__next__)
+    _calls.sync_rounds("local", {"one": contender}, 0.0)
+    assert len(replayed) > 10
+    assert replayed == named[: len(replayed)]
 
 
 def test_a_run_writes_json_prints_tables_and_can_be_drawn(
