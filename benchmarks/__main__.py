@@ -10,8 +10,9 @@ not. The floor of a store is the commands that nobody can do without, on its usu
   answer, the commands that Redis got, and the milliseconds from its end to the last answer. A peer that is WRONG ran
   it more often than once, or left callers without the answer; its speed is worth nothing then.
 - Calls: the first call with a key, and a replay, and beside them what the storms say of the same peer on that store: runs
-  for 200 duplicates, and callers without the answer. "one CPU" has server and caller on the same one, which leaves out
-  what waking another CPU costs; the targets are about it where it can be had.
+  for 200 duplicates, and callers without the answer. Replays are of one key, again and again; in the rows "keys of another
+  process" each is of another key, which this process never saw, and the floor's are, too. "one CPU" has server and caller
+  on the same one, which leaves out what waking another CPU costs; the targets are about it where it can be had.
 - Growth: our calls beside stores of a thousand, a hundred thousand and a million records, as ratios to the smallest.
 - Costs: bytes in Redis and in the process, imports, hooks for events, and several processes at once.
 

@@ -137,4 +137,4 @@ def time_events(seconds: float) -> Timings:
         return Contender(called, called)
 
     contenders = {"no hook": with_hooks(), "logging": with_hooks(log_event), "a counter": with_hooks(count)}
-    return Timings(sync_rounds("local", contenders, seconds), "no hook", {})
+    return Timings(sync_rounds("local", contenders, seconds), "no hook", {}, {})

@@ -7,6 +7,7 @@ the sizes share a server, and its caches.
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import random
@@ -19,20 +20,21 @@ import sqlalchemy as sa
 
 from benchmarks._calls import Timings, sync_rounds
 from benchmarks._peers import OURS, guards_of
-from benchmarks._work import AMOUNT, TTL, Contender, charge
+from benchmarks._work import AMOUNT, BODY, TTL, Contender, charge, filled
 from idempotent._record import RecordId, pack, unpack
 
-__all__ = ["fill", "filled", "time_sizes"]
+__all__ = ["fill", "fill_unseen", "time_sizes"]
 
 _FILL = "for n = 2, #ARGV, 2 do redis.call('SET', ARGV[n], ARGV[n + 1], 'PX', ARGV[1]) end"
-_BATCH = 1_000
 _MODEL = "o" * 32
 """The order of the one record that a call makes; the others are made like it."""
 
 
-def filled(number: int) -> str:
-    """The order of a record that `fill` made: of the first, 0, and so on."""
-    return f"{number:032x}"
+def fill_unseen(url: str, size: int) -> None:
+    """Put `size` records of ours into Redis, and as many results under the floor's keys, for other processes to replay."""
+    fill(url, size)
+    with redis.Redis.from_url(url) as client:
+        _store(client, (("floor:" + filled(number), BODY) for number in range(size)))
 
 
 def fill(url: str, size: int) -> None:
@@ -60,16 +62,20 @@ def _ids(call: Any, size: int) -> Iterator[tuple[str, RecordId, bytes]]:
 def _fill_redis(url: str, call: Any, size: int) -> None:
     ids = _ids(call, size)
     with redis.Redis.from_url(url) as client:
-        script = client.register_script(_FILL)
         model = unpack(client.get(f"idem:{next(ids)[1].text}"))
-        batch: list[str | bytes] = []
-        for order, rid, fingerprint in ids:
-            body = model.body.replace(_MODEL.encode(), order.encode())
-            row = model._replace(attempt=os.urandom(8), fingerprint=fingerprint, body=body)
-            batch += [f"idem:{rid.text}", pack(row)]
-            if len(batch) >= 2 * _BATCH:
-                script(args=[TTL * 1000, *batch])
-                batch.clear()
+
+        def rows() -> Iterator[tuple[str, bytes]]:
+            for order, rid, fingerprint in ids:
+                body = model.body.replace(_MODEL.encode(), order.encode())
+                row = model._replace(attempt=os.urandom(8), fingerprint=fingerprint, body=body)
+                yield f"idem:{rid.text}", pack(row)
+
+        _store(client, rows())
+
+
+def _store(client: Any, rows: Iterator[tuple[str, bytes]]) -> None:
+    script = client.register_script(_FILL)
+    while batch := [part for row in itertools.islice(rows, 1_000) for part in row]:
         script(args=[TTL * 1000, *batch])
 
 
@@ -125,7 +131,7 @@ def time_sizes(store: str, places: dict[str, tuple[str, int]], seconds: float) -
     contenders = {
         name: Contender.of(guard(url, charge), functools.partial(_any_of, size)) for name, (url, size) in places.items()
     }
-    return Timings(sync_rounds(store, contenders, seconds), next(iter(places)), {})
+    return Timings(sync_rounds(store, contenders, seconds), next(iter(places)), {}, {})
 
 
 def _any_of(size: int) -> str:

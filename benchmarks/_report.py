@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks._work import DUPLICATES
+from benchmarks._work import DUPLICATES, UNSEEN
 
 __all__ = ["Target", "jain", "judge", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
 
@@ -101,7 +101,8 @@ def judge(sections: dict[str, Any]) -> None:
         ]
         one["duplicates"] = {}
         for name in one["kinds"]["replay"]:
-            own = [peers[name] for peers in storms if name in peers]
+            peer = name.removesuffix(UNSEEN)
+            own = [peers[peer] for peers in storms if peer in peers]
             if own:
                 one["duplicates"][name] = {
                     "runs": [runs for each in own for runs in each["runs"]],

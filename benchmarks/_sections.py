@@ -21,7 +21,7 @@ from benchmarks._costs import (
     time_events,
 )
 from benchmarks._crew import Crew
-from benchmarks._growth import fill, time_sizes
+from benchmarks._growth import fill, fill_unseen, time_sizes
 from benchmarks._monitor import Monitor
 from benchmarks._peers import OURS, POLLING, guards_of
 from benchmarks._report import Target, say, table
@@ -62,6 +62,10 @@ class Bench:
             server.pin(cpus)
 
 
+_UNSEEN = 12_000
+"""Records of another process for each second of measuring: more than are replayed, as others take turns."""
+
+
 def calls(bench: Bench) -> Result:
     """First calls and replays on every store, in both colours."""
     every = os.sched_getaffinity(0) if bench.can_pin else set()
@@ -73,16 +77,26 @@ def calls(bench: Bench) -> Result:
             for place, cpus in places.items():
                 if place != next(iter(places)) and (bench.quick or store != "redis"):
                     continue  # only Redis is so quick that waking a CPU shows
-                title = f"{store}, {colour}, {place}"
-                found[title] = _timed(bench, title, cpus, time_calls, (store, colour, bench.url(store), seconds))
+                title, url, unseen = f"{store}, {colour}, {place}", bench.url(store), 0
+                if store == "redis":
+                    unseen = int(seconds * _UNSEEN)
+                    with Crew(1) as crew:
+                        crew.run(fill_unseen, [(url, unseen)], _PATIENCE)
+                order = (store, colour, url, seconds, (), unseen)
+                found[title] = _timed(bench, title, cpus, seconds, time_calls, order)
     place, cpus = next(iter(places.items()))
     title = f"near-cache of Redis, sync, {place}"
-    found[title] = _timed(bench, title, cpus, time_near, (bench.url("redis"), seconds))
+    found[title] = _timed(bench, title, cpus, seconds, time_near, (bench.url("redis"), seconds))
     return found
 
 
 def _timed(
-    bench: Bench, title: str, cpus: set[int] | None, work: Callable[..., Timings], order: tuple[Any, ...]
+    bench: Bench,
+    title: str,
+    cpus: set[int] | None,
+    seconds: float,
+    work: Callable[..., Timings],
+    order: tuple[Any, ...],
 ) -> Result:
     """What a process of its own, and the servers, took on these CPUs; None: on those that there are."""
     say(f"calls: {title} ...")
@@ -91,7 +105,7 @@ def _timed(
         bench.pin(cpus)
     try:
         with Crew(1, cpus) as crew:
-            (timings,) = crew.run(work, [order], order[-1])
+            (timings,) = crew.run(work, [order], seconds)
     finally:
         if cpus is not None:
             bench.pin(every)
@@ -104,17 +118,20 @@ def calls_tables(found: Result) -> str:
     for title, one in found.items():
         kinds = one["kinds"]
         names = sorted(kinds["replay"], key=lambda name: (name != one["floor"], kinds["replay"][name]["ratio"][1]))
-        rows = [(name, *(text for kind in KINDS for text in _cells(kinds[kind][name]))) for name in names]
+        rows = [(name, *(text for kind in KINDS for text in _cells(kinds[kind].get(name)))) for name in names]
         rows += [(name, why, "", "", "") for name, why in one["missing"].items()]
         columns = [text for kind in KINDS for text in (f"{kind} µs", "ratio [quartiles]")]
         if "duplicates" in one:
             rows = [(*row, *_verdict(one["duplicates"].get(row[0]))) for row in rows]
             columns += [f"runs for {DUPLICATES}", "errors", ""]
-        parts.append(table(f"{title}; ratios to: {one['floor']}", columns, rows))
+        others = "".join(f"; of {name}: to {floor}" for name, floor in one["floors"].items())
+        parts.append(table(f"{title}; ratios to: {one['floor']}{others}", columns, rows))
     return "\n\n".join(parts)
 
 
-def _cells(one: Result) -> tuple[str, str]:
+def _cells(one: Result | None) -> tuple[str, str]:
+    if one is None:
+        return "", ""
     low, middle, high = one["ratio"]
     return f"{one['micros']:.1f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -148,6 +165,9 @@ def calls_targets(found: Result) -> Iterator[Target]:
             if bound is not None:
                 ratio = one["kinds"][kind][OURS]["ratio"][1]
                 yield Target(f"{title}: {kind} / {one['floor']}", ratio, "<=", bound)
+        for name, floor in one["floors"].items():
+            ratio = one["kinds"]["replay"][name]["ratio"][1]
+            yield Target(f"{title}: replay / {floor}", ratio, "<=", _BOUNDS[store][1])
 
 
 PROCESSES = 8

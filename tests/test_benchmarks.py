@@ -86,7 +86,7 @@ def test_wrong_storms_show_in_table_and_targets() -> None:
 def calls_of(*names: str) -> Any:
     """What calls found, where all of these took the same."""
     own = {name: {"micros": 9.0, "ratio": [1.0, 1.0, 1.0], "rounds": 1} for name in names}
-    return {"floor": names[0], "missing": {}, "kinds": {kind: dict(own) for kind in _calls.KINDS}}
+    return {"floor": names[0], "floors": {}, "missing": {}, "kinds": {kind: dict(own) for kind in _calls.KINDS}}
 
 
 def test_a_peer_that_failed_a_storm_is_marked_beside_its_calls_and_in_the_picture() -> None:
@@ -151,7 +151,7 @@ def test_a_store_is_filled_with_records_that_our_function_replays(
     _growth.fill(url, 3)
     guarded: Any = guards_of(store, "sync")[0]["idempotent"](url, _work.charge)
     for number, replayed in enumerate([True, True, True, False]):
-        order = _growth.filled(number)
+        order = _work.filled(number)
         found = guarded.outcome(order, _work.AMOUNT)
         assert (found.replayed, found.value) == (replayed, _work.receipt(order, _work.AMOUNT))
 
@@ -163,6 +163,33 @@ def test_replays_are_of_the_records_that_a_contender_names() -> None:
     _calls.sync_rounds("local", {"one": contender}, 0.0)
     assert len(replayed) > 10
     assert replayed == named[: len(replayed)]
+
+
+@pytest.mark.parametrize("colour", ["sync", "async"])
+def test_replays_of_keys_of_another_process_have_a_row_a_floor_and_a_target_of_their_own(
+    colour: str, own_redis: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def charge(order_id: str, amount: int) -> dict[str, Any]:
+        ran.append(order_id)
+        return _work.receipt(order_id, amount)
+
+    async def charge_async(order_id: str, amount: int) -> dict[str, Any]:
+        return charge(order_id, amount)
+
+    monkeypatch.setattr(_calls, "charge", charge)
+    monkeypatch.setattr(_calls, "charge_async", charge_async)
+    _growth.fill_unseen(own_redis.url, 200)
+    found = _calls.summary(_calls.time_calls("redis", colour, own_redis.url, 0.0, ("nobody",), unseen=200))
+    assert ran
+    assert not {_work.filled(number) for number in range(200)}.intersection(ran)
+    ((name, floor),) = found["floors"].items()
+    assert found["kinds"]["replay"][floor]["micros"] > 0
+    assert name not in found["kinds"]["first"]
+    targets = [target.what for target in _sections.calls_targets({f"redis, {colour}, one CPU": found})]
+    assert targets[-1] == f"redis, {colour}, one CPU: replay / {floor}"
+    assert len(targets) == 3
 
 
 def test_a_run_writes_json_prints_tables_and_can_be_drawn(
