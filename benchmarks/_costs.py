@@ -17,7 +17,9 @@ from benchmarks._floors import FLOORS
 from benchmarks._peers import OURS, guards_of
 from benchmarks._work import AMOUNT, BODY, TTL, Contender, charge, charge_async
 from idempotent import configure
-from idempotent.events import log_event
+from idempotent.events import Hook, log_event
+from idempotent.otel import OpenTelemetryHook
+from idempotent.prometheus import PrometheusHook
 
 __all__ = ["IMPORTS", "bytes_in_redis", "bytes_of_local_record", "calls_per_second", "import_seconds", "time_events"]
 
@@ -116,25 +118,63 @@ def calls_per_second(store: str, url: str, who: str, kind: str, start: float, se
 
 
 def time_events(seconds: float) -> Timings:
-    """Calls on the local backend without hooks, with the logging that is the default, and with a hook that counts."""
+    """Calls on the local backend, told to nobody and to each of the hooks that there are.
+
+    "logging" is the default hook at the logger's default level, which writes nothing of an ordinary call; with DEBUG each
+    event becomes a line, which goes to the system's null device. The metrics hooks count in the libraries' own counters.
+    """
     warnings.simplefilter("ignore")
+    hooks: dict[str, tuple[Hook, ...]] = {"no hook": (), "logging": (log_event,), _DEBUG: (log_event,)}
+    missing: dict[str, str] = {}
+    for name, make in (("OpenTelemetry metrics", _otel_hook), ("Prometheus", _prometheus_hook)):
+        try:
+            hooks[name] = (make(),)
+        except ImportError:
+            missing[name] = "not installed"
     call = guards_of("local", "sync")[0][OURS]("local://", charge)
-    counted: list[str] = []
+    logger, current = logging.getLogger("idempotent"), ""
 
-    def count(event: Any) -> None:
-        counted.append(event.name)
-        counted.clear()
-
-    current: list[Any] = [None]
-
-    def with_hooks(*hooks: Any) -> Contender:
+    def told_to(name: str) -> Contender:
         def called(order_id: str) -> Any:
-            if current[0] is not hooks:  # at the first call of a turn, which does not count
-                configure(hooks=list(hooks))
-                current[0] = hooks
+            nonlocal current
+            if current != name:  # at the first call of a turn, which does not count
+                current = name
+                configure(hooks=hooks[name])
+                logger.setLevel(logging.DEBUG if name == _DEBUG else logging.WARNING)
             return call(order_id, AMOUNT)
 
         return Contender(called, called)
 
-    contenders = {"no hook": with_hooks(), "logging": with_hooks(log_event), "a counter": with_hooks(count)}
-    return Timings(sync_rounds("local", contenders, seconds), "no hook", {}, {})
+    before = logger.level, logger.propagate, logging.root.manager.disable
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123  it is no path everywhere
+        handler = logging.StreamHandler(nowhere)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        logging.disable(logging.NOTSET)
+        try:
+            took = sync_rounds("local", {name: told_to(name) for name in hooks}, seconds)
+        finally:
+            configure(hooks=(log_event,))
+            logger.removeHandler(handler)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+            logging.disable(before[2])
+    return Timings(took, "no hook", missing, {})
+
+
+_DEBUG = "logging, DEBUG to the null device"
+
+
+def _otel_hook() -> Hook:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    provider = MeterProvider(metric_readers=[InMemoryMetricReader()], shutdown_on_exit=False)
+    return OpenTelemetryHook(meter_provider=provider)
+
+
+def _prometheus_hook() -> Hook:
+    from prometheus_client import CollectorRegistry
+
+    return PrometheusHook(registry=CollectorRegistry())

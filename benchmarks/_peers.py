@@ -214,6 +214,7 @@ POLLING = ("idempotency", "dogpile.cache", "pyidempotent", "idemptx", "idempoten
 
 PACKAGES = (
     *("redis", "hiredis", "cachetools", "sqlalchemy", "psycopg", "aiosqlite"),
+    *("opentelemetry-sdk", "prometheus-client"),
     *("aws-lambda-powertools", "kasper-idempotent", "idempotency", "dogpile.cache", "pyidempotent", "idemptx"),
     *("idempotency-kit", "cashews", "aiocache", "dbos"),
 )

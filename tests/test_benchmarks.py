@@ -15,9 +15,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import _calls, _growth, _report, _sections, _storms, _work, plot
+from benchmarks import _calls, _costs, _growth, _report, _sections, _storms, _work, plot
 from benchmarks._peers import guards_of
 from benchmarks._server import Server
+from idempotent import OpenTelemetryHook, PrometheusHook, _config
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +191,44 @@ def test_replays_of_keys_of_another_process_have_a_row_a_floor_and_a_target_of_t
     targets = [target.what for target in _sections.calls_targets({f"redis, {colour}, one CPU": found})]
     assert targets[-1] == f"redis, {colour}, one CPU: replay / {floor}"
     assert len(targets) == 3
+
+
+def test_each_hook_is_told_of_every_event_and_logging_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[str]] = {}
+
+    def hook(name: str) -> Any:
+        return lambda: lambda event: told.setdefault(name, []).append(event.name)
+
+    written: list[str] = []
+
+    class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+        def emit(self, record: logging.LogRecord) -> None:
+            written.append(self.format(record))
+
+    monkeypatch.setattr(_costs, "_otel_hook", hook("otel"))
+    monkeypatch.setattr(_costs, "_prometheus_hook", hook("prometheus"))
+    monkeypatch.setattr(logging, "StreamHandler", Handler)
+    logger = logging.getLogger("idempotent")
+    state = [
+        lambda: logger.level,
+        lambda: logger.propagate,
+        lambda: list(logger.handlers),
+        lambda: _config.settings.hooks,
+    ]
+    before = [one() for one in state]
+    logging.disable(logging.ERROR)
+    found = _costs.time_events(0.0)
+    assert logging.root.manager.disable == logging.ERROR
+    assert [one() for one in state] == before
+    assert set(found.took["first"]) == {"no hook", "logging", _costs._DEBUG, "OpenTelemetry metrics", "Prometheus"}
+    events = {"claimed", "completed", "replayed"}
+    assert set(told["otel"]) == set(told["prometheus"]) == events
+    assert events == {line.split()[4] for line in written}
+
+
+def test_the_metrics_hooks_are_those_of_the_libraries() -> None:
+    assert isinstance(_costs._otel_hook(), OpenTelemetryHook)
+    assert isinstance(_costs._prometheus_hook(), PrometheusHook)
 
 
 def test_a_run_writes_json_prints_tables_and_can_be_drawn(
