@@ -1,5 +1,6 @@
 """What a guard costs beside its calls: bytes in Redis and in this process, imports, events, and processes at once."""
 
+import functools
 import logging
 import os
 import subprocess
@@ -99,22 +100,28 @@ def import_seconds(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def calls_per_second(store: str, url: str, who: str, kind: str, start: float, seconds: float) -> float:
-    """Of one process that does nothing else from monotonic `start` on; `who`: "floor" or ours."""
+@functools.cache
+def _busy(store: str, url: str, who: str) -> Contender:
+    """Who keeps this process busy: "floor", or the guard of this name."""
+    logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    one = next(iter(FLOORS[store, "sync"](url).values()))
-    if who != "floor":
-        one = Contender.of(guards_of(store, "sync")[0][OURS](url, charge))
-    call, known = getattr(one, kind), uuid.uuid4().hex
+    if who == "floor":
+        return next(iter(FLOORS[store, "sync"](url).values()))
+    return Contender.of(guards_of(store, "sync")[0][who](url, charge))
+
+
+def calls_per_second(store: str, url: str, who: str, kind: str, start: float, seconds: float) -> float:
+    """Of one process that does nothing else from monotonic `start` on; `who`: "floor", ours or a peer."""
+    one, known = _busy(store, url, who), uuid.uuid4().hex
+    call = getattr(one, kind)
     one.first(known)
     time.sleep(max(0.0, start - time.monotonic()))
-    until = time.monotonic() + seconds
+    begun = time.monotonic()
     number = 0
-    while time.monotonic() < until:
-        for _ in range(10):
-            call(known if kind == "replay" else uuid.uuid4().hex)
-        number += 10
-    return number / seconds
+    while time.monotonic() < start + seconds:
+        call(known if kind == "replay" else uuid.uuid4().hex)
+        number += 1
+    return number / (time.monotonic() - begun)
 
 
 def time_events(seconds: float) -> Timings:

@@ -231,6 +231,37 @@ def test_the_metrics_hooks_are_those_of_the_libraries() -> None:
     assert isinstance(_costs._prometheus_hook(), PrometheusHook)
 
 
+def test_throughput_is_of_all_processes_together_and_its_ratios_are_within_a_round(
+    bench: _sections.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Crew(contextlib.nullcontext[None]):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+
+        def __enter__(self) -> Any:
+            return self
+
+        def run(self, function: Any, orders: Any, seconds: float) -> list[float]:
+            (turn,) = {order[2:4] for order in orders}
+            machine = 1 + len(asked) // 6  # a round of six, and in each the machine is quicker than before
+            asked.append(turn)
+            return [machine * {"floor": 200.0, "idempotent": 100.0, "idempotency": 50.0}[turn[0]]] * len(orders)
+
+    monkeypatch.setattr(_sections, "Crew", Crew)
+    monkeypatch.setattr(_sections, "guards_of", lambda store, colour: ({"idempotent": None, "idempotency": None}, {}))
+    monkeypatch.setattr(_sections.Bench, "url", lambda self, store: "")
+    found = _sections._throughput(bench, "redis", 4)
+    rounds = [asked[at : at + 6] for at in range(0, len(asked), 6)]
+    assert len(rounds) == 4  # the first makes connections
+    assert all(set(each) == set(rounds[0]) for each in rounds)
+    assert set(found) == {"redis, first, 4 processes", "redis, replay, 4 processes"}
+    for one in found.values():
+        assert one["idempotent"] == {"per_second": 4 * 3 * 100.0, "ratio": [0.5, 0.5, 0.5]}
+        assert one["idempotency"]["ratio"] == [0.25, 0.25, 0.25]
+
+
 def test_a_run_writes_json_prints_tables_and_can_be_drawn(
     tmp_path: Path, bench: _sections.Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
