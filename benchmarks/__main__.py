@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks._peers import PACKAGES
-from benchmarks._report import judge, machine, met_or_missed, say
+from benchmarks._report import commit, judge, machine, met_or_missed, say
 from benchmarks._sections import SECTIONS, Bench, Result
 from benchmarks._server import postgres_server, redis_server, versions
 
@@ -62,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--postgres", metavar="URL", help="the same; postgresql://user@host:port/database")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    found: Result = {"machine": machine(*PACKAGES), "quick": options.quick, "sections": {}}
+    found: Result = {"commit": commit(), "machine": machine(*PACKAGES), "quick": options.quick, "sections": {}}
     try:
         with prepared(options.redis, options.postgres, quick=options.quick) as bench:
             found["machine"] |= versions(bench.url("redis"), bench.url("postgresql"))
-            print(", ".join(f"{name} {value}" for name, value in found["machine"].items()), flush=True)
+            about = {"commit": found["commit"] or "unknown"} | found["machine"]
+            print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
             for name, section in measured(bench, options.only or list(SECTIONS)):
                 found["sections"][name] = section
                 judge(found["sections"])

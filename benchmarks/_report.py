@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from benchmarks._work import DUPLICATES, UNSEEN
 
-__all__ = ["Target", "jain", "judge", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
+__all__ = ["Target", "commit", "jain", "judge", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
 
 
 def say(text: str) -> None:
@@ -119,6 +120,21 @@ def _cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
+
+
+def commit(folder: Path = Path(__file__).parent.parent) -> str | None:
+    """What git calls the code in its checkout `folder`, with "-dirty" behind it if files differ; None: it is no checkout."""
+    answers = []
+    for command in ("rev-parse --show-toplevel", "rev-parse HEAD", "status --porcelain --untracked-files=no"):
+        try:
+            done = subprocess.run(["git", *command.split()], cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        answers.append(done.stdout.strip())
+    top, head, changed = answers
+    if Path(top).resolve() != folder.resolve():  # it lies in somebody else's
+        return None
+    return head + "-dirty" * bool(changed)
 
 
 def machine(*packages: str) -> dict[str, str]:

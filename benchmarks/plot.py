@@ -47,7 +47,8 @@ def drawn(found: dict[str, Any]) -> str:
         parts.append(_panel(title, bars, left, top))
         tops[column] = top + (len(bars) + 3) * _ROW
     height = max(tops) + 20
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value != "not installed")
+    told = {"commit": found.get("commit")} | found["machine"]
+    about = ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "not installed"))
     words = [f"python -m benchmarks{' --quick' if found['quick'] else ''}: {about}"]
     while len(words[-1]) > 150:  # no line wraps in an SVG
         cut = words[-1].rfind(", ", 0, 150) + 2

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import re
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -275,17 +276,40 @@ def test_a_run_writes_json_prints_tables_and_can_be_drawn(
     section = (calls, *_sections.SECTIONS["calls"][1:])
     monkeypatch.setattr(program, "prepared", prepared)
     monkeypatch.setattr(program, "versions", lambda *_: {})
+    monkeypatch.setattr(program, "commit", lambda: "c0ffee-dirty")
     monkeypatch.setattr(_sections.Bench, "url", lambda self, store: "")
     monkeypatch.setitem(program.SECTIONS, "calls", section)
     assert program.main(["--quick", "--only", "calls", "--json", str(tmp_path / "run.json")]) == 0
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["machine"]["python"]
+    assert found["commit"] == "c0ffee-dirty"
     assert [target["what"] for target in found["targets"]] == ["local, sync, one CPU: replay / cachetools, our key"]
     assert "Targets" in capsys.readouterr().out
     assert plot.main([str(tmp_path / "run.json")]) == 0
     drawn = ET.fromstring((tmp_path / "run.svg").read_text())
     words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert "idempotent, replay" in words
+    assert any("commit c0ffee-dirty, " in (each or "") for each in words)
+
+
+def test_a_run_names_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        names = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        command = ["git", *names, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert _report.commit(tmp_path) is None
+    git("init", "-q")
+    assert _report.commit(tmp_path) is None  # of no commit yet
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("one")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert _report.commit(tmp_path) == head
+    assert _report.commit(tmp_path / "inner") is None  # unpacked in a checkout of something else
+    (tmp_path / "inner" / "file").write_text("two")
+    assert _report.commit(tmp_path) == f"{head}-dirty"
 
 
 def test_a_server_of_somebody_else_is_not_pinned() -> None:
