@@ -1,7 +1,8 @@
 """The least that a store costs: the commands that nobody can do without, on its usual client and the client's pool.
 
 - Redis: a replay is one GET; a first call is two EVALSHA, of a script that claims a key and of one that compares its
-  token and puts the result there.
+  token and puts the result there. In async code redis-py guards each read with a timer of its own, which is in the floor;
+  "no time-out" is without.
 - PostgreSQL and SQLite: the statements that we send ourselves, by SQLAlchemy Core in autocommit, on an engine with its
   default pool. "plain" are an INSERT, an UPDATE and a SELECT by primary key: the same, without lease and fingerprint.
 - local: `cachetools.cached` on a TTLCache with a lock, whose key is what our decorator makes of a call, by the code that
@@ -73,7 +74,6 @@ def _redis_async(url: str) -> dict[str, Contender]:
 
     return {
         "redis.asyncio, pool": on(redis.asyncio.Redis.from_url(url), "floor:"),
-        # redis-py 8 guards each read with a timer by default, which a coroutine pays for.
         "redis.asyncio, no time-out": on(redis.asyncio.Redis.from_url(url, socket_timeout=None), "bare:"),
     }
 
