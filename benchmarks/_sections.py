@@ -363,7 +363,7 @@ _RIVAL = {"redis": "idempotency", "postgresql": "DBOS"}
 
 def _throughput(bench: Bench, store: str, processes: int) -> Result:
     """Calls per second of so many processes: the floor, ours and a peer take turns in short rounds, and ratios are in a round."""
-    url, rounds, seconds = bench.url(store), 3 if bench.quick else 12, 0.2 if bench.quick else 0.4
+    url, rounds, seconds = bench.url(store), 2 if bench.quick else 12, 0.15 if bench.quick else 0.4
     whose = ["floor", OURS, *({_RIVAL[store]} & guards_of(store, "sync")[0].keys())]
     turns = [(who, kind) for who in whose for kind in KINDS]
     seen: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
