@@ -322,4 +322,4 @@ def test_readme_tells_of_the_targets_that_the_drawn_run_missed() -> None:
     assert (folder / "results.svg").read_text() == plot.drawn(found)
     missed = [f"{target['measured']:.2f}" for target in found["targets"] if not target["met"]]
     told = (folder.parent / "README.md").read_text().partition("(benchmarks/results.svg)")[2].partition("\n## ")[0]
-    assert missed == re.findall(r"\d\.\d\d", told)
+    assert missed == re.findall(r"\d+\.\d\d", told)
