@@ -6,11 +6,13 @@ How to read it. Everybody takes turns in short rounds, so that what the machine 
 are taken within a round, and their median and quartiles are shown. Ratios carry from one machine to another, times do
 not. The floor of a store is the commands that nobody can do without, on its usual client (see `_floors.py`).
 
-- Calls: the first call with a key, and a replay. "one CPU" has server and caller on the same one, which leaves out what
-  waking another CPU costs; the targets are about it where it can be had.
 - Storms: 200 duplicates of one call that takes 50 ms, in one process and in eight: how often it ran, how many got its
   answer, the commands that Redis got, and the milliseconds from its end to the last answer. A peer that is WRONG ran
   it more often than once, or left callers without the answer; its speed is worth nothing then.
+- Calls: the first call with a key, and a replay, and beside them what the storms say of the same peer on that store: runs
+  for 200 duplicates, and callers without the answer. Replays are of one key, again and again; in the rows "keys of another
+  process" each is of another key, which this process never saw, and the floor's are, too. "one CPU" has server and caller
+  on the same one, which leaves out what waking another CPU costs; the targets are about it where it can be had.
 - Growth: our calls beside stores of a thousand, a hundred thousand and a million records, as ratios to the smallest.
 - Costs: bytes in Redis and in the process, imports, hooks for events, and several processes at once.
 
@@ -27,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks._peers import PACKAGES
-from benchmarks._report import machine, met_or_missed, say
+from benchmarks._report import commit, judge, machine, met_or_missed, say
 from benchmarks._sections import SECTIONS, Bench, Result
 from benchmarks._server import postgres_server, redis_server, versions
 
@@ -45,8 +47,9 @@ def prepared(redis_url: str | None, postgres_url: str | None, *, quick: bool) ->
 
 def measured(bench: Bench, sections: Sequence[str]) -> Iterator[tuple[str, Result]]:
     """What each section found, one after the other."""
-    for name in sections:
-        yield name, SECTIONS[name][0](bench)
+    for name, (measure, _, _) in SECTIONS.items():
+        if name in sections:
+            yield name, measure(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,13 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--postgres", metavar="URL", help="the same; postgresql://user@host:port/database")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    found: Result = {"machine": machine(*PACKAGES), "quick": options.quick, "sections": {}}
+    found: Result = {"commit": commit(), "machine": machine(*PACKAGES), "quick": options.quick, "sections": {}}
     try:
         with prepared(options.redis, options.postgres, quick=options.quick) as bench:
             found["machine"] |= versions(bench.url("redis"), bench.url("postgresql"))
-            print(", ".join(f"{name} {value}" for name, value in found["machine"].items()), flush=True)
+            about = {"commit": found["commit"] or "unknown"} | found["machine"]
+            print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
             for name, section in measured(bench, options.only or list(SECTIONS)):
                 found["sections"][name] = section
+                judge(found["sections"])
                 print(f"\n{SECTIONS[name][1](section)}", flush=True)
     except KeyboardInterrupt:
         say("interrupted")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from benchmarks._floors import FLOORS
 from benchmarks._peers import OURS, guards_of
 from benchmarks._report import quantile
-from benchmarks._work import TTL, Contender, charge, charge_async
+from benchmarks._work import TTL, UNSEEN, Contender, charge, charge_async, filled
 from idempotent import idempotent
 
 __all__ = ["KINDS", "Timings", "runner", "summary", "sync_rounds", "time_calls", "time_near"]
@@ -34,10 +34,22 @@ class Timings(NamedTuple):
     took: dict[str, dict[str, list[float]]]
     floor: str
     missing: dict[str, str]
+    floors: dict[str, str]
+    """Of contenders that have a floor of their own."""
 
 
-def time_calls(store: str, colour: str, url: str, seconds: float, only: tuple[str, ...] = ()) -> Timings:
-    """Measure in this process for `seconds`; `only`: peers of these names (and floors and ours); () is all of them."""
+def time_calls(
+    store: str, colour: str, url: str, seconds: float, only: tuple[str, ...] = (), unseen: int = 0
+) -> Timings:
+    """Measure in this process.
+
+    Args:
+        store, colour, url: what, and where.
+        seconds: for how long.
+        only: peers of these names (and floors and ours); () is all of them.
+        unseen: how many records `fill_unseen` made there in another process. Ours and the floor replay each of them once,
+            in rows of their own; 0: there are no such rows.
+    """
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")  # what peers have to say about the way they are used is not of interest here
     guard = charge if colour == "sync" else charge_async
@@ -53,8 +65,15 @@ def time_calls(store: str, colour: str, url: str, seconds: float, only: tuple[st
                 if name in needed:
                     raise
                 missing[name] = f"{type(error).__name__}: {error}"
+    floors: dict[str, str] = {}
+    if unseen:
+        floors[OURS + UNSEEN] = floor + UNSEEN
+        for name in (floor, OURS):
+            orders = [filled(number) for number in range(unseen)]
+            contenders[name + UNSEEN] = Contender(None, contenders[name].replay, orders.pop)
+        needed |= {*floors, *floors.values()}
     run = _run_async if colour == "async" else _run_sync
-    return Timings(_rounds(store, contenders, run, seconds, needed, missing), floor, missing)
+    return Timings(_rounds(store, contenders, run, seconds, needed, missing), floor, missing, floors)
 
 
 def time_near(url: str, seconds: float) -> Timings:
@@ -64,7 +83,7 @@ def time_near(url: str, seconds: float) -> Timings:
     floor = next(iter(contenders))
     near = idempotent(backend=url, key="payment:{order_id}", ttl=TTL, near_cache=100_000)(charge)
     contenders[OURS] = Contender.of(near)
-    return Timings(sync_rounds("local", contenders, seconds), floor, {})
+    return Timings(sync_rounds("local", contenders, seconds), floor, {}, {})
 
 
 Runner = Callable[[Callable[[str], Any], list[str]], float]
@@ -105,10 +124,12 @@ def _rounds(
     block = {}
     for name, one in list(contenders.items()):
         try:
-            run(one.first, [known])
-            run(one.first, [uuid.uuid4().hex for _ in range(10)])  # connections, scripts and prepared statements
-            run(one.replay, [known] * 10)
-            mean = run(one.first, [uuid.uuid4().hex for _ in range(4)]) / 4
+            if one.first is not None:
+                run(one.first, [known])
+                run(one.first, [uuid.uuid4().hex for _ in range(10)])  # connections, scripts and prepared statements
+            run(one.replay, _known(one, known, 10))
+            fresh = _known(one, known, 4) if one.first is None else [uuid.uuid4().hex for _ in range(4)]
+            mean = run(one.first or one.replay, fresh) / 4
         except Exception as error:
             if name in needed:
                 raise
@@ -116,36 +137,39 @@ def _rounds(
             del contenders[name]
         else:
             block[name] = max(_FEW, min(_BLOCK[store], int(_TURN / mean)))
-    took: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in contenders} for kind in KINDS}
-    turns = [(name, kind) for name in contenders for kind in KINDS]
+    turns = [(name, kind) for name, one in contenders.items() for kind in KINDS if getattr(one, kind) is not None]
+    took: dict[str, dict[str, list[float]]] = {kind: {name: [] for name, own in turns if own == kind} for kind in KINDS}
     until = time.monotonic() + seconds
     gc.collect()
     while True:
         random.shuffle(turns)
         for name, kind in turns:
             number = block[name]
-            ids = [known] * number if kind == "replay" else [uuid.uuid4().hex for _ in range(number)]
-            call = getattr(contenders[name], kind)
+            one = contenders[name]
+            ids = _known(one, known, number) if kind == "replay" else [uuid.uuid4().hex for _ in range(number)]
+            call = getattr(one, kind)
             run(call, ids[:2])  # others had the processor's caches
             took[kind][name].append(run(call, ids[2:] or ids) / (number - 2))
         if time.monotonic() >= until:
             return took
 
 
+def _known(one: Contender, hot: str, number: int) -> list[str]:
+    """Orders to replay."""
+    return [hot] * number if one.known is None else [one.known() for _ in range(number)]
+
+
 def summary(timings: Timings) -> Result:
     """For JSON and tables: microseconds at the median, and quartiles of the ratios to the floor within a round."""
-    found: Result = {"floor": timings.floor, "missing": timings.missing, "kinds": {}}
+    found: Result = {"floor": timings.floor, "floors": timings.floors, "missing": timings.missing, "kinds": {}}
     for kind, took in timings.took.items():
-        base = took[timings.floor]
-        found["kinds"][kind] = {
-            name: {
+        found["kinds"][kind] = {}
+        for name, own in took.items():
+            base = took[timings.floors.get(name, timings.floor)]
+            ratios = [one / floor for one, floor in zip(own, base, strict=True)]
+            found["kinds"][kind][name] = {
                 "micros": quantile(own, 0.5) * 1e6,
-                "ratio": [
-                    quantile([one / floor for one, floor in zip(own, base, strict=True)], share)
-                    for share in (0.25, 0.5, 0.75)
-                ],
+                "ratio": [quantile(ratios, share) for share in (0.25, 0.5, 0.75)],
                 "rounds": len(own),
             }
-            for name, own in took.items()
-        }
     return found

@@ -1,6 +1,8 @@
 """What a guard costs beside its calls: bytes in Redis and in this process, imports, events, and processes at once."""
 
+import functools
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -16,25 +18,29 @@ from benchmarks._floors import FLOORS
 from benchmarks._peers import OURS, guards_of
 from benchmarks._work import AMOUNT, BODY, TTL, Contender, charge, charge_async
 from idempotent import configure
-from idempotent.events import log_event
+from idempotent.events import Hook, log_event
+from idempotent.otel import OpenTelemetryHook
+from idempotent.prometheus import PrometheusHook
 
 __all__ = ["IMPORTS", "bytes_in_redis", "bytes_of_local_record", "calls_per_second", "import_seconds", "time_events"]
 
 IMPORTS = {
-    "idempotent": "idempotent",
-    "powertools": "aws_lambda_powertools.utilities.idempotency",
-    "kasper-idempotent": "kasper_idempotent",
-    "idempotency": "idempotency",
-    "dogpile.cache": "dogpile.cache",
-    "pyidempotent": "pyidempotent",
-    "idempotency-kit": "idempotency_kit",
-    "cashews": "cashews",
-    "aiocache": "aiocache",
-    "DBOS": "dbos",
-    "redis": "redis",
-    "sqlalchemy": "sqlalchemy",
+    "idempotent": "from idempotent import idempotent",
+    "idempotent, the name alone": "import idempotent",
+    "idempotent, its lock": "from idempotent import Lock",
+    "powertools": "from aws_lambda_powertools.utilities.idempotency import idempotent_function",
+    "kasper-idempotent": "from kasper_idempotent import idempotent",
+    "idempotency": "from idempotency import idempotent",
+    "dogpile.cache": "from dogpile.cache import make_region",
+    "pyidempotent": "from pyidempotent import idempotent",
+    "idempotency-kit": "from idempotency_kit import async_idempotent",
+    "cashews": "from cashews import Cache",
+    "aiocache": "from aiocache import cached_stampede",
+    "DBOS": "from dbos import DBOS",
+    "redis": "import redis",
+    "sqlalchemy": "import sqlalchemy",
 }
-"""What a program imports, by name of the library."""
+"""What a program writes to use it, by name of the library."""
 
 
 def bytes_in_redis(url: str) -> dict[str, int]:
@@ -74,59 +80,108 @@ def bytes_of_local_record(records: int) -> float:
 
 
 def import_seconds(rounds: int) -> dict[str, list[float]]:
-    """Seconds of a Python that imports each and ends, a value a round; "bare Python" imports nothing."""
+    """Seconds of a Python that imports each and ends, a value a round; "bare Python" imports nothing.
+
+    All of them are read from bytecode, as what is installed is.
+    """
     found: dict[str, list[float]] = {"bare Python": []}
-    programs = {"bare Python": "pass"} | {name: f"import {module}" for name, module in IMPORTS.items()}
+    programs = {"bare Python": "pass"} | IMPORTS
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for number in range(rounds + 1):
         for name, program in list(programs.items()):
             begun = time.perf_counter()
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=False)
+            command = [sys.executable, "-W", "ignore", "-c", program]
+            done = subprocess.run(command, capture_output=True, check=False, env=environment)
             took = time.perf_counter() - begun
             if done.returncode:
                 del programs[name]  # not installed
-            elif number:  # the first reads files that are not in memory yet
+            elif number:  # the first compiles, and reads files that are not in memory yet
                 found.setdefault(name, []).append(took)
     return found
 
 
-def calls_per_second(store: str, url: str, who: str, kind: str, start: float, seconds: float) -> float:
-    """Of one process that does nothing else from monotonic `start` on; `who`: "floor" or ours."""
+@functools.cache
+def _busy(store: str, url: str, who: str) -> Contender:
+    """Who keeps this process busy: "floor", or the guard of this name."""
+    logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    one = next(iter(FLOORS[store, "sync"](url).values()))
-    if who != "floor":
-        one = Contender.of(guards_of(store, "sync")[0][OURS](url, charge))
-    call, known = getattr(one, kind), uuid.uuid4().hex
+    if who == "floor":
+        return next(iter(FLOORS[store, "sync"](url).values()))
+    return Contender.of(guards_of(store, "sync")[0][who](url, charge))
+
+
+def calls_per_second(store: str, url: str, who: str, kind: str, start: float, seconds: float) -> float:
+    """Of one process that does nothing else from monotonic `start` on; `who`: "floor", ours or a peer."""
+    one, known = _busy(store, url, who), uuid.uuid4().hex
+    call = getattr(one, kind)
     one.first(known)
     time.sleep(max(0.0, start - time.monotonic()))
-    until = time.monotonic() + seconds
+    begun = time.monotonic()
     number = 0
-    while time.monotonic() < until:
-        for _ in range(10):
-            call(known if kind == "replay" else uuid.uuid4().hex)
-        number += 10
-    return number / seconds
+    while time.monotonic() < start + seconds:
+        call(known if kind == "replay" else uuid.uuid4().hex)
+        number += 1
+    return number / (time.monotonic() - begun)
 
 
 def time_events(seconds: float) -> Timings:
-    """Calls on the local backend without hooks, with the logging that is the default, and with a hook that counts."""
+    """Calls on the local backend, told to nobody and to each of the hooks that there are.
+
+    "logging" is the default hook at the logger's default level, which writes nothing of an ordinary call; with DEBUG each
+    event becomes a line, which goes to the system's null device. The metrics hooks count in the libraries' own counters.
+    """
     warnings.simplefilter("ignore")
+    hooks: dict[str, tuple[Hook, ...]] = {"no hook": (), "logging": (log_event,), _DEBUG: (log_event,)}
+    missing: dict[str, str] = {}
+    for name, make in (("OpenTelemetry metrics", _otel_hook), ("Prometheus", _prometheus_hook)):
+        try:
+            hooks[name] = (make(),)
+        except ImportError:
+            missing[name] = "not installed"
     call = guards_of("local", "sync")[0][OURS]("local://", charge)
-    counted: list[str] = []
+    logger, current = logging.getLogger("idempotent"), ""
 
-    def count(event: Any) -> None:
-        counted.append(event.name)
-        counted.clear()
-
-    current: list[Any] = [None]
-
-    def with_hooks(*hooks: Any) -> Contender:
+    def told_to(name: str) -> Contender:
         def called(order_id: str) -> Any:
-            if current[0] is not hooks:  # at the first call of a turn, which does not count
-                configure(hooks=list(hooks))
-                current[0] = hooks
+            nonlocal current
+            if current != name:  # at the first call of a turn, which does not count
+                current = name
+                configure(hooks=hooks[name])
+                logger.setLevel(logging.DEBUG if name == _DEBUG else logging.WARNING)
             return call(order_id, AMOUNT)
 
         return Contender(called, called)
 
-    contenders = {"no hook": with_hooks(), "logging": with_hooks(log_event), "a counter": with_hooks(count)}
-    return Timings(sync_rounds("local", contenders, seconds), "no hook", {})
+    before = logger.level, logger.propagate, logging.root.manager.disable
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123  it is no path everywhere
+        handler = logging.StreamHandler(nowhere)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        logging.disable(logging.NOTSET)
+        try:
+            took = sync_rounds("local", {name: told_to(name) for name in hooks}, seconds)
+        finally:
+            configure(hooks=(log_event,))
+            logger.removeHandler(handler)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+            logging.disable(before[2])
+    return Timings(took, "no hook", missing, {})
+
+
+_DEBUG = "logging, DEBUG to the null device"
+
+
+def _otel_hook() -> Hook:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    provider = MeterProvider(metric_readers=[InMemoryMetricReader()], shutdown_on_exit=False)
+    return OpenTelemetryHook(meter_provider=provider)
+
+
+def _prometheus_hook() -> Hook:
+    from prometheus_client import CollectorRegistry
+
+    return PrometheusHook(registry=CollectorRegistry())

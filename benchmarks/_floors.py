@@ -1,11 +1,12 @@
 """The least that a store costs: the commands that nobody can do without, on its usual client and the client's pool.
 
 - Redis: a replay is one GET; a first call is two EVALSHA, of a script that claims a key and of one that compares its
-  token and puts the result there.
+  token and puts the result there. In async code redis-py guards each read with a timer of its own, which is in the floor;
+  "no time-out" is without.
 - PostgreSQL and SQLite: the statements that we send ourselves, by SQLAlchemy Core in autocommit, on an engine with its
   default pool. "plain" are an INSERT, an UPDATE and a SELECT by primary key: the same, without lease and fingerprint.
-- local: `cachetools.cached` on a TTLCache with a lock, whose key does the work that ours does: it binds the arguments,
-  makes the key and digests what was asked for. "hashkey" is the same with the key that cachetools makes by default.
+- local: `cachetools.cached` on a TTLCache with a lock, whose key is what our decorator makes of a call, by the code that
+  it uses itself: key and fingerprint. "hashkey" is the same with the key that cachetools makes by default.
 """
 
 import os
@@ -73,7 +74,6 @@ def _redis_async(url: str) -> dict[str, Contender]:
 
     return {
         "redis.asyncio, pool": on(redis.asyncio.Redis.from_url(url), "floor:"),
-        # redis-py 8 guards each read with a timer by default, which a coroutine pays for.
         "redis.asyncio, no time-out": on(redis.asyncio.Redis.from_url(url, socket_timeout=None), "bare:"),
     }
 
@@ -244,14 +244,18 @@ def _sql_async(url: str) -> dict[str, Contender]:
 
 
 def _local(_url: str) -> dict[str, Contender]:
-    identify = idempotent(key="payment:{order_id}", backend="local://")(charge).key_for
+    guarded: Any = idempotent(key="payment:{order_id}", backend="local://")(charge)
+    identify: Callable[..., tuple[str, bytes]] = guarded.__idempotent_spec__[0].binder.identifier(None)
+
+    def our_key(*args: Any, **kwargs: Any) -> tuple[str, bytes]:
+        return identify(args, kwargs)
 
     def cached(key: Callable[..., Any]) -> Contender:
         store: Any = cachetools.TTLCache(100_000, TTL)
         call = cachetools.cached(store, key=key, lock=threading.RLock())(charge)
         return Contender.of(call)
 
-    return {"cachetools, our key": cached(identify), "cachetools, hashkey": cached(hashkey)}
+    return {"cachetools, our key": cached(our_key), "cachetools, hashkey": cached(hashkey)}
 
 
 def _local_async(_url: str) -> dict[str, Contender]:

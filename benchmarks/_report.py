@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Target", "jain", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
+from benchmarks._work import DUPLICATES, UNSEEN
+
+__all__ = ["Target", "commit", "jain", "judge", "machine", "met_or_missed", "quantile", "ratio_text", "say", "table"]
 
 
 def say(text: str) -> None:
@@ -86,6 +89,29 @@ def met_or_missed(targets: Sequence[Target]) -> str:
     return table("Targets", ("measured", "target", ""), rows)
 
 
+def judge(sections: dict[str, Any]) -> None:
+    """Put beside the calls of each peer what the storms of the same run, store and colour say of it, as "duplicates".
+
+    Who was in none of them, as floors are, has no verdict.
+    """
+    for title, one in sections.get("calls", {}).items():
+        storms = [
+            storm["peers"]
+            for name, storm in sections.get("storms", {}).items()
+            if name.rpartition(", ")[0] == title.rpartition(", ")[0]
+        ]
+        one["duplicates"] = {}
+        for name in one["kinds"]["replay"]:
+            peer = name.removesuffix(UNSEEN)
+            own = [peers[peer] for peers in storms if peer in peers]
+            if own:
+                one["duplicates"][name] = {
+                    "runs": [runs for each in own for runs in each["runs"]],
+                    "errors": [DUPLICATES - answers for each in own for answers in each["answers"]],
+                    "correct": all(each["correct"] for each in own),
+                }
+
+
 def _cpu_model() -> str:
     """The processor's name, where the system tells."""
     try:
@@ -94,6 +120,21 @@ def _cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
+
+
+def commit(folder: Path = Path(__file__).parent.parent) -> str | None:
+    """What git calls the code in its checkout `folder`, with "-dirty" behind it if files differ; None: it is no checkout."""
+    answers = []
+    for command in ("rev-parse --show-toplevel", "rev-parse HEAD", "status --porcelain --untracked-files=no"):
+        try:
+            done = subprocess.run(["git", *command.split()], cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        answers.append(done.stdout.strip())
+    top, head, changed = answers
+    if Path(top).resolve() != folder.resolve():  # it lies in somebody else's
+        return None
+    return head + "-dirty" * bool(changed)
 
 
 def machine(*packages: str) -> dict[str, str]:

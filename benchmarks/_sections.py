@@ -12,14 +12,22 @@ from statistics import median
 from typing import Any
 
 from benchmarks._calls import KINDS, Timings, summary, time_calls, time_near
-from benchmarks._costs import bytes_in_redis, bytes_of_local_record, calls_per_second, import_seconds, time_events
+from benchmarks._costs import (
+    IMPORTS,
+    bytes_in_redis,
+    bytes_of_local_record,
+    calls_per_second,
+    import_seconds,
+    time_events,
+)
 from benchmarks._crew import Crew
-from benchmarks._growth import fill, time_sizes
+from benchmarks._growth import fill, fill_unseen, time_sizes
 from benchmarks._monitor import Monitor
 from benchmarks._peers import OURS, POLLING, guards_of
-from benchmarks._report import Target, say, table
+from benchmarks._report import Target, quantile, say, table
 from benchmarks._server import Server
 from benchmarks._storms import Storm, duplicate, prepare, verdict
+from benchmarks._work import DUPLICATES
 
 __all__ = ["SECTIONS", "Bench", "Result"]
 
@@ -54,6 +62,10 @@ class Bench:
             server.pin(cpus)
 
 
+_UNSEEN = 12_000
+"""Records of another process for each second of measuring: more than are replayed, as others take turns."""
+
+
 def calls(bench: Bench) -> Result:
     """First calls and replays on every store, in both colours."""
     every = os.sched_getaffinity(0) if bench.can_pin else set()
@@ -65,16 +77,26 @@ def calls(bench: Bench) -> Result:
             for place, cpus in places.items():
                 if place != next(iter(places)) and (bench.quick or store != "redis"):
                     continue  # only Redis is so quick that waking a CPU shows
-                title = f"{store}, {colour}, {place}"
-                found[title] = _timed(bench, title, cpus, time_calls, (store, colour, bench.url(store), seconds))
+                title, url, unseen = f"{store}, {colour}, {place}", bench.url(store), 0
+                if store == "redis":
+                    unseen = int(seconds * _UNSEEN)
+                    with Crew(1) as crew:
+                        crew.run(fill_unseen, [(url, unseen)], _PATIENCE)
+                order = (store, colour, url, seconds, (), unseen)
+                found[title] = _timed(bench, title, cpus, seconds, time_calls, order)
     place, cpus = next(iter(places.items()))
     title = f"near-cache of Redis, sync, {place}"
-    found[title] = _timed(bench, title, cpus, time_near, (bench.url("redis"), seconds))
+    found[title] = _timed(bench, title, cpus, seconds, time_near, (bench.url("redis"), seconds))
     return found
 
 
 def _timed(
-    bench: Bench, title: str, cpus: set[int] | None, work: Callable[..., Timings], order: tuple[Any, ...]
+    bench: Bench,
+    title: str,
+    cpus: set[int] | None,
+    seconds: float,
+    work: Callable[..., Timings],
+    order: tuple[Any, ...],
 ) -> Result:
     """What a process of its own, and the servers, took on these CPUs; None: on those that there are."""
     say(f"calls: {title} ...")
@@ -83,7 +105,7 @@ def _timed(
         bench.pin(cpus)
     try:
         with Crew(1, cpus) as crew:
-            (timings,) = crew.run(work, [order], order[-1])
+            (timings,) = crew.run(work, [order], seconds)
     finally:
         if cpus is not None:
             bench.pin(every)
@@ -96,16 +118,33 @@ def calls_tables(found: Result) -> str:
     for title, one in found.items():
         kinds = one["kinds"]
         names = sorted(kinds["replay"], key=lambda name: (name != one["floor"], kinds["replay"][name]["ratio"][1]))
-        rows = [(name, *(text for kind in KINDS for text in _cells(kinds[kind][name]))) for name in names]
+        rows = [(name, *(text for kind in KINDS for text in _cells(kinds[kind].get(name)))) for name in names]
         rows += [(name, why, "", "", "") for name, why in one["missing"].items()]
         columns = [text for kind in KINDS for text in (f"{kind} µs", "ratio [quartiles]")]
-        parts.append(table(f"{title}; ratios to: {one['floor']}", columns, rows))
+        if "duplicates" in one:
+            rows = [(*row, *_verdict(one["duplicates"].get(row[0]))) for row in rows]
+            columns += [f"runs for {DUPLICATES}", "errors", ""]
+        others = "".join(f"; of {name}: to {floor}" for name, floor in one["floors"].items())
+        parts.append(table(f"{title}; ratios to: {one['floor']}{others}", columns, rows))
     return "\n\n".join(parts)
 
 
-def _cells(one: Result) -> tuple[str, str]:
-    low, middle, high = one["ratio"]
-    return f"{one['micros']:.1f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+def _cells(one: Result | None) -> tuple[str, str]:
+    if one is None:
+        return "", ""
+    return f"{one['micros']:.1f}", _ratio_cell(one["ratio"])
+
+
+def _ratio_cell(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _verdict(own: Result | None) -> tuple[str, str, str]:
+    """What the storms say; None: nobody asked them."""
+    if own is None:
+        return "not asked", "", ""
+    return _span(own["runs"]), _span(own["errors"]), "right" if own["correct"] else "WRONG"
 
 
 _BOUNDS = {
@@ -130,9 +169,12 @@ def calls_targets(found: Result) -> Iterator[Target]:
             if bound is not None:
                 ratio = one["kinds"][kind][OURS]["ratio"][1]
                 yield Target(f"{title}: {kind} / {one['floor']}", ratio, "<=", bound)
+        for name, floor in one["floors"].items():
+            ratio = one["kinds"]["replay"][name]["ratio"][1]
+            yield Target(f"{title}: replay / {floor}", ratio, "<=", _BOUNDS[store][1])
 
 
-DUPLICATES, PROCESSES = 200, 8
+PROCESSES = 8
 _PATIENCE = 60.0
 """Seconds that a storm may last."""
 
@@ -256,14 +298,14 @@ def growth(bench: Bench) -> Result:
     sizes = (1_000, 100_000) if bench.quick else (1_000, 100_000, 1_000_000)
     found: Result = {}
     for store in ("redis", "postgresql", "sqlite"):
-        urls = {f"{size:,}": _place(bench, store, number, size) for number, size in enumerate(sizes, 1)}
+        places = {f"{size:,}": (_place(bench, store, number, size), size) for number, size in enumerate(sizes, 1)}
         say(f"growth: filling {store} ...")
         with Crew(1) as crew:
-            for size, url in zip(sizes, urls.values(), strict=True):
-                crew.run(fill, [(url, size)], _PATIENCE)
+            for place in places.values():
+                crew.run(fill, [place], _PATIENCE)
             say(f"growth: {store} ...")
             seconds = 1.5 if bench.quick else 8.0
-            (timings,) = crew.run(time_sizes, [(store, urls, seconds)], seconds)
+            (timings,) = crew.run(time_sizes, [(store, places, seconds)], seconds)
         found[store] = summary(timings)
     return found
 
@@ -311,12 +353,40 @@ def costs(bench: Bench) -> Result:
     for store in ("redis",) if bench.quick else ("redis", "postgresql"):
         for processes in (1, 2, 4):
             say(f"costs: throughput, {store}, {processes} processes ...")
-            with Crew(processes) as crew:
-                for kind in KINDS:
-                    for who in ("floor", OURS):
-                        order = (store, bench.url(store), who, kind, time.monotonic() + 0.5, seconds)
-                        calls_of_each = crew.run(calls_per_second, [order] * processes, seconds)
-                        found["throughput"][f"{store}, {kind}, {processes} processes, {who}"] = sum(calls_of_each)
+            found["throughput"] |= _throughput(bench, store, processes)
+    return found
+
+
+_RIVAL = {"redis": "idempotency", "postgresql": "DBOS"}
+"""The peer whose throughput is measured beside ours, by store: one whose storms are right."""
+
+
+def _throughput(bench: Bench, store: str, processes: int) -> Result:
+    """Calls per second of so many processes: the floor, ours and a peer take turns in short rounds, and ratios are in a round."""
+    url, rounds, seconds = bench.url(store), 2 if bench.quick else 12, 0.15 if bench.quick else 0.4
+    whose = ["floor", OURS, *({_RIVAL[store]} & guards_of(store, "sync")[0].keys())]
+    turns = [(who, kind) for who in whose for kind in KINDS]
+    seen: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
+    with Crew(processes) as crew:
+        for warm in (True, *(False,) * rounds):  # the first makes clients, connections and tables
+            for who, kind in turns if warm else random.sample(turns, len(turns)):
+                order = (store, url, who, kind, time.monotonic() + 0.05, 0.0 if warm else seconds)
+                calls_of_each = crew.run(calls_per_second, [order] * processes, seconds)
+                if not warm:
+                    seen[who, kind].append(sum(calls_of_each))
+    found: Result = {}
+    for kind in KINDS:
+        base = seen["floor", kind]
+        found[f"{store}, {kind}, {processes} processes"] = {
+            who: {
+                "per_second": median(seen[who, kind]),
+                "ratio": [
+                    quantile([one / floor for one, floor in zip(seen[who, kind], base, strict=True)], share)
+                    for share in (0.25, 0.5, 0.75)
+                ],
+            }
+            for who in whose
+        }
     return found
 
 
@@ -324,11 +394,10 @@ def costs_tables(found: Result) -> str:
     """For people."""
     base = found["redis_bytes"]["SET"]
     sizes = sorted(found["redis_bytes"].items(), key=lambda item: item[1])
-    through = found["throughput"]
     rows = [
-        (name.removesuffix(f", {OURS}"), f"{one:,.0f}", f"{one / through[name.replace(OURS, 'floor')]:.2f}")
-        for name, one in through.items()
-        if name.endswith(OURS)
+        (f"{title}: {who}", f"{own['per_second']:,.0f}", _ratio_cell(own["ratio"]))
+        for title, one in found["throughput"].items()
+        for who, own in one.items()
     ]
     return "\n\n".join(
         (
@@ -342,9 +411,12 @@ def costs_tables(found: Result) -> str:
             table(
                 "Import",
                 ("ms over bare Python",),
-                [(n, f"{ms:.0f}") for n, ms in sorted(found["imports"].items(), key=lambda item: item[1])],
+                [
+                    (f"{n}: {IMPORTS[n]}", f"{ms:.0f}")
+                    for n, ms in sorted(found["imports"].items(), key=lambda item: item[1])
+                ],
             ),
-            table("Throughput, all processes together", ("calls/s", "/ the floor's"), rows),
+            table("Throughput, all processes together", ("calls/s", "/ the floor's [quartiles]"), rows),
         )
     )
 
@@ -354,15 +426,15 @@ def costs_targets(found: Result) -> Iterator[Target]:
     yield Target(
         "bytes of a record / SET of the payload", found["redis_bytes"][OURS] / found["redis_bytes"]["SET"], "<=", 1.3
     )
-    yield Target("import, ms over bare Python", found["imports"][OURS], "<=", 30)
+    yield Target(f"{IMPORTS[OURS]}: ms over bare Python", found["imports"][OURS], "<=", 30)
 
 
 Section = tuple[Callable[[Bench], Result], Callable[[Result], str], Callable[[Result], Iterator[Target]]]
 
 SECTIONS: dict[str, Section] = {
-    "calls": (calls, calls_tables, calls_targets),
     "storms": (storms, storms_tables, storms_targets),
+    "calls": (calls, calls_tables, calls_targets),
     "growth": (growth, growth_tables, growth_targets),
     "costs": (costs, costs_tables, costs_targets),
 }
-"""By name: what it measures, its tables, what is promised."""
+"""By name, in the order of a run: what it measures, its tables, what is promised. The calls' tables tell what storms found."""

@@ -2,8 +2,9 @@
 
 python -m benchmarks.plot FILE [SVG]
 
-A panel for each store and colour with the ratios of first calls and replays to the store's floor, on a logarithmic scale;
-one for storms, with the milliseconds until the last of 200 duplicates has its answer, and in red who got it wrong.
+A panel for each store and colour with the ratios of first calls and replays to the store's floor, on a logarithmic scale,
+hatched and WRONG where the peer failed a storm of the same store and colour; one for storms, with the milliseconds until
+the last of 200 duplicates has its answer, and in red who got it wrong.
 """
 
 import argparse
@@ -16,10 +17,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks._report import judge
+from benchmarks._work import UNSEEN
+
 __all__ = ["drawn"]
 
-_WIDTH, _PANEL, _LABEL, _WORDS, _ROW = 1060, 520, 170, 200, 15
+_WIDTH, _PANEL, _LABEL, _WORDS, _ROW = 1140, 560, 210, 200, 15
 _INK, _QUIET, _OURS, _FIRST, _REPLAY, _WRONG = "#222", "#888", "#0b5", "#8ab", "#357", "#c33"
+
+_HATCHED = "url(#wrong)"
+_HATCH = (
+    f'<defs><pattern id="wrong" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    f'<rect width="4" height="4" fill="#ddd"/><rect width="1.5" height="4" fill="{_QUIET}"/></pattern></defs>'
+)
 
 Bar = tuple[str, float, str, str]
 """Label, value, colour, text beside it."""
@@ -27,6 +37,7 @@ Bar = tuple[str, float, str, str]
 
 def drawn(found: dict[str, Any]) -> str:
     """The SVG of a run."""
+    judge(found["sections"])
     panels = [*_call_panels(found["sections"].get("calls", {})), *_storm_panels(found["sections"].get("storms", {}))]
     parts: list[str] = []
     tops = [62, 62]
@@ -36,7 +47,8 @@ def drawn(found: dict[str, Any]) -> str:
         parts.append(_panel(title, bars, left, top))
         tops[column] = top + (len(bars) + 3) * _ROW
     height = max(tops) + 20
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value != "not installed")
+    told = {"commit": found.get("commit")} | found["machine"]
+    about = ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, "not installed"))
     words = [f"python -m benchmarks{' --quick' if found['quick'] else ''}: {about}"]
     while len(words[-1]) > 150:  # no line wraps in an SVG
         cut = words[-1].rfind(", ", 0, 150) + 2
@@ -44,7 +56,7 @@ def drawn(found: dict[str, Any]) -> str:
     head = "".join(_text(10, 14 + 12 * number, line, _QUIET, size=9) for number, line in enumerate(words))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" '
-        f'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>\n{head}\n'
+        f'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>\n{_HATCH}\n{head}\n'
         + "\n".join(parts)
         + "</svg>\n"
     )
@@ -57,9 +69,13 @@ def _call_panels(calls: dict[str, Any]) -> list[tuple[str, list[Bar]]]:
         kinds = one["kinds"]
         for name in sorted(kinds["replay"], key=lambda name: kinds["replay"][name]["ratio"][1]):
             for kind, colour in (("first", _FIRST), ("replay", _REPLAY)):
+                if name not in kinds[kind]:
+                    continue
                 ratio = kinds[kind][name]["ratio"][1]
-                ours = name.startswith("idempotent")
-                bars.append((f"{name}, {kind}", ratio, _OURS if ours else colour, f"{ratio:.2f}"))
+                right = one["duplicates"].get(name, {"correct": True})["correct"]
+                shade = _HATCHED if not right else _OURS if name.startswith("idempotent") else colour
+                label = name if name.endswith(UNSEEN) else f"{name}, {kind}"
+                bars.append((label, ratio, shade, f"{ratio:.2f}" + " WRONG" * (not right)))
         panels.append((f"{title}: ratio to {one['floor']}", bars))
     return panels
 

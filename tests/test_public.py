@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import subprocess
 import sys
 import threading
@@ -134,15 +135,18 @@ def test_importing_pulls_in_nothing_heavy(statement: str, absent: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_importing_takes_thirty_milliseconds_at_the_most() -> None:
-    def measure() -> float:
-        """Milliseconds for the package and all that it imports."""
-        command = [sys.executable, "-X", "importtime", "-c", "import idempotent"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
-        (line,) = [line for line in lines if line.endswith("| idempotent")]
-        return int(line.split("|")[1]) / 1000
+def test_importing_the_decorator_takes_less_than_twice_what_asyncio_does() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
-    assert min(measure() for _ in range(7)) <= 30  # the best of some: others use the machine, too
+    def measure(statement: str) -> float:
+        """Seconds of a Python that runs the statement and ends, from bytecode."""
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], check=True, env=environment)
+        return time.perf_counter() - begun
+
+    measure("from idempotent import idempotent")  # compiled
+    ratios = [measure("from idempotent import idempotent") / measure("import asyncio") for _ in range(7)]
+    assert min(ratios) < 2, ratios  # the best of some: others use the machine, too
 
 
 # ----------------------------------------------------------------------------------------- methods of what is decorated
