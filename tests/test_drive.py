@@ -480,10 +480,12 @@ def test_whoever_comes_to_read_what_another_has_read_does_not_block() -> None:
     line = _Line(wire)
     told: list[Any] = []
     wire.publish("a")
-    assert line.has_come(30)
+    since = line.has_come(30)
+    assert since is not None
     line.receive(told.append)
     wire._ours.setblocking(False)  # a read that found nothing would raise
     line.receive(told.append)
+    line.receive(told.append, since=since)
     assert (told, len(wire.readers)) == ([(False, "a")], 1)
     line.close()
     wire.hang_up()

@@ -96,46 +96,59 @@ class _Line:
         self.failure: Exception | None = None
         """What broke it in the hands of a reader."""
         self._turn = threading.Lock()
+        self._turns = 0
+        """Changes when somebody begins to use the subscriber, and when that one ends."""
         self._rings, self._hears = _bell()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._hears, selectors.EVENT_READ)
         self._selector.register(subscriber.fileno(), selectors.EVENT_READ, subscriber)
 
-    def has_come(self, seconds: float) -> bool:
-        """Wait for something to read, or for the reader to be called; whether there may be something to read."""
+    def has_come(self, seconds: float) -> int | None:
+        """Wait for something to read, or for the reader to be called. None: there is nothing; else what `receive` takes."""
+        turns = self._turns
         if self.rest is not None:
-            return True
+            return -1
         found = [key.data for key, _ in self._selector.select(seconds)]
         if None in found:
             self._hears.recv(4096)
-        return self.subscriber in found
+        return turns if self.subscriber in found else None
 
     def call_reader(self) -> None:
         """Have the reader look whether it has been woken."""
         if self.reader is not None:
             _ring(self._rings)
 
-    def receive(self, tell: Callable[[Heard], None], until: ThreadWaiter | None = None) -> None:
-        """Tell what has come; when `until` is woken, the rest is left for later."""
+    def receive(
+        self, tell: Callable[[Heard], None], until: ThreadWaiter | None = None, since: int | None = None
+    ) -> None:
+        """Tell what has come; when `until` is woken, the rest is left for later. `since`: what `has_come` gave."""
         with self._turn:
             if self.rest is None:
-                # Whoever had the turn before may have read what was there, and a read would block until more comes.
-                if not any(key.data for key, _ in self._selector.select(0)):
+                # Whoever had the turn since may have read what was there, and a read would block until more comes.
+                if since != self._turns and not any(key.data for key, _ in self._selector.select(0)):
                     return
                 self.rest = iter(self.subscriber.receive())
-            for heard in self.rest:
-                tell(heard)
-                if until is not None and until.is_woken:  # to look whether there is more would cost it time
-                    break
-            else:
-                self.rest = None
+            self._turns += 1
+            try:
+                for heard in self.rest:
+                    tell(heard)
+                    if until is not None and until.is_woken:  # to look whether there is more would cost it time
+                        break
+                else:
+                    self.rest = None
+            finally:
+                self._turns += 1
             self.heard_at = time.monotonic()
 
     def take(self, step: Callable[[], Iterable[Heard]], tell: Callable[[Heard], None]) -> None:
         """Take another step of the subscriber, while nobody else uses it, and tell what came meanwhile."""
         with self._turn:
-            for heard in step():
-                tell(heard)
+            self._turns += 1
+            try:
+                for heard in step():
+                    tell(heard)
+            finally:
+                self._turns += 1
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
@@ -308,9 +321,9 @@ class Listener:
             has_come = line.has_come(left)
             if line.reader is not waiter:  # a signal handler has forked, and this is the child
                 return
-            if has_come:
+            if has_come is not None:
                 try:
-                    line.receive(self._tell, waiter)
+                    line.receive(self._tell, waiter, has_come)
                 except BaseException as error:  # with what was read and not told, wake-ups are lost
                     self._break(line, error)
                     if isinstance(error, Exception):
