@@ -404,32 +404,36 @@ async def record(
     """
     plan = run.plan
     mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
-    recorded, stored = settled, confirm is None and await _record_at_once(driver, run, settled, ttl)
-    if not stored:
-        recorded, stored = await _record(driver, run, settled, ttl, confirm or _confirm)
+    told: Answer | Exception | None = None
+    if confirm is None:
+        await driver.still(run)
+        until = _last_moment(driver, run)
+        told = await _record_at_once(run, settled, ttl)  # as it nearly always can be
+        confirm = functools.partial(_confirm, until=until)
+    if told is Answer.DONE:
+        recorded, stored = settled, True
+    else:
+        recorded, stored = await _record(driver, run, settled, ttl, confirm, told)
     recorded = Settled(recorded.failed, run.token or 0, recorded.age, recorded.codec, recorded.body)
     if mark is not None and stored:
         _copy(run, recorded, mark, sent + ttl)
     return recorded, stored
 
 
-async def _record_at_once(driver: Driver, run: Run, settled: Settled, ttl: float) -> bool:
-    """Whether one command has recorded the outcome, as it nearly always does."""
-    await driver.still(run)
+async def _record_at_once(run: Run, settled: Settled, ttl: float) -> Answer | Exception:
+    """What came of the one command that records the outcome: an answer, or why there is none."""
     backend, token = run.plan.backend, run.token or 0
     command = backend.fail if settled.failed else _completion(run.plan)
     try:
-        answer = await command(
-            run.rid, attempt=run.attempt, token=token, codec=settled.codec, body=settled.body, ttl=ttl
-        )
-    except Exception as error:  # as in `_confirm`
-        run.report("backend_error", error=error)
-        return False
-    return answer is Answer.DONE
+        return await command(run.rid, attempt=run.attempt, token=token, codec=settled.codec, body=settled.body, ttl=ttl)
+    except Exception as error:
+        return error
 
 
-async def _record(driver: Driver, run: Run, settled: Settled, ttl: float, confirm: Confirm) -> tuple[Settled, bool]:
-    """As `record`, whatever the backend answers and however often it does not."""
+async def _record(
+    driver: Driver, run: Run, settled: Settled, ttl: float, confirm: Confirm, told: Answer | Exception | None
+) -> tuple[Settled, bool]:
+    """As `record`, whatever the backend answers and however often it does not; `told`: what came of the first command."""
     plan, backend, rid, attempt = run.plan, run.plan.backend, run.rid, run.attempt
     command = backend.fail if settled.failed else _completion(plan)
     recorded = settled
@@ -446,7 +450,14 @@ async def _record(driver: Driver, run: Run, settled: Settled, ttl: float, confir
         )
 
     async def step(what: Settled = settled) -> Answer:
-        nonlocal recorded, gone, doubted
+        nonlocal recorded, gone, doubted, told
+        if told is not None:
+            first, told = told, None
+            if isinstance(first, Exception):
+                raise first
+            gone = first is Answer.GONE
+            if not gone:
+                return first
         answer = Answer.GONE
         for _ in range(2):
             if gone:
@@ -578,21 +589,29 @@ async def _record_error(driver: Driver, run: Run, error: Exception, ttl: float) 
     plan.flights.land(run, settled, stored=stored)
 
 
+def _last_moment(driver: Driver, run: Run) -> float:
+    """Monotonic seconds until which the last step of a run is sent again."""
+    plan = run.plan
+    # A lease that is over already may have been taken over: an answer is worth the time of one command.
+    return max(run.valid_until, driver.now() + min(plan.lease, plan.backend.timeout))
+
+
 async def _confirm(
     driver: Driver,
     run: Run,
     step: Callable[[], Awaitable[Answer]],
     fallback: Callable[[], Awaitable[Answer]] | None = None,
+    until: float | None = None,
 ) -> bool:
     """Send the last step of a run until the backend answers or the lease ends; whether it was applied.
 
-    Where the backend refuses the step, or has not taken it for most of the lease, `fallback` is tried after it. Raises
+    `until`: `_last_moment` from before the step was sent first; None: it is sent first here. Where the backend refuses the step, or has not taken it for most of the lease, `fallback` is tried after it. Raises
     LeaseLost only when another attempt holds the record.
     """
     await driver.still(run)
     plan = run.plan
-    # A lease that is over already may have been taken over: an answer is worth the time of one command.
-    until = max(run.valid_until, driver.now() + min(plan.lease, plan.backend.timeout))
+    if until is None:
+        until = _last_moment(driver, run)
     steps = [step]
     refused = False
     pause = 0.01

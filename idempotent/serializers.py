@@ -182,8 +182,11 @@ class _Wrapped:
 
     def keep(self, value: Any, record: str) -> tuple[bytes, Any]:
         inner, outer = self._inner, self._outer
-        body = outer._seal(outer._plain(value) if inner is None else inner.keep(value, record)[0], record)
-        return body, self.decode(body, record)
+        if inner is None:
+            body = outer._seal(outer._plain(value), record)
+            return body, self.decode(body, record)
+        plain, found = inner.keep(value, record)
+        return outer._seal(plain, record), found
 
     def decode(self, data: bytes, record: str) -> Any:
         inner, outer = self._inner, self._outer

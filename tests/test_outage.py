@@ -477,6 +477,75 @@ def test_a_run_whose_key_was_forgotten_and_claimed_again_is_told(
     assert colour.call(charge) == 2
 
 
+class OutAfter(Faulty):
+    """A backend that takes so many completions, and no further ones."""
+
+    def __init__(self, inner: Backend, left: list[None]) -> None:
+        super().__init__(inner)
+        self.left = left
+
+    def _view(self, colour: str, inner: Backend) -> Faulty:
+        view = OutAfter(inner, self.left)
+        view.calls = self.calls
+        return view
+
+    async def _do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        if operation == "complete":
+            if not self.left:
+                self.calls.append(operation)
+                raise BackendUnavailable("out")
+            self.left.pop()
+        return await super()._do(operation, *args, **kwargs)
+
+
+def test_who_was_taken_over_is_told_although_the_backend_is_out_from_then_on(
+    faulty: Faulty, colour: Colour, effects: Counter, gate: Gate
+) -> None:
+    def charge() -> int:
+        if effects.hit() == 1:
+            gate.pass_through()
+        return effects.count
+
+    backend = OutAfter(faulty.inner, [None, None])  # the successor's, and the answer that it is the record's
+    charge = colour.define(charge, backend=backend)
+    first = colour.start(charge)
+    assert gate.entered.wait(30)
+    assert colour.call(charge.forget, force=True)
+    assert colour.call(charge) == 2
+    gate.opened.set()
+    with pytest.raises(LeaseLost):
+        first.result(30)
+    assert backend.calls.count("complete") == 2
+
+
+def test_an_outcome_is_sent_again_until_the_lease_ends_counted_from_before_it_was_sent_first() -> None:
+    class Driver:
+        clock = 100.0
+
+        def now(self) -> float:
+            return self.clock
+
+        async def sleep(self, seconds: float) -> None:
+            self.clock += seconds
+
+        async def still(self, run: Any) -> None:
+            pass
+
+    class Frozen(LocalBackend):
+        timeout = 1.0
+
+        async def complete(self, *args: Any, **kwargs: Any) -> Any:
+            driver.clock += self.timeout
+            raise BackendUnavailable("no reply")
+
+    driver, backend = Driver(), Frozen()
+    spec = idempotent(backend=backend, lease=1.0, on_crash="rerun")(lambda: 1).__idempotent_spec__[0]  # type: ignore[attr-defined]
+    run = spec.run(spec.plan(), (), {}, "k", b"")
+    run.token, run.valid_until = 1, driver.clock + 0.99
+    replay = drive(flow.settle(driver, run, 1))  # type: ignore[arg-type]
+    assert (replay.value, replay.stored, driver.clock) == (1, False, 101.0)
+
+
 # ---------------------------------------------------------------------------------------- claims without an answer
 
 

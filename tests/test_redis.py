@@ -511,6 +511,20 @@ def test_a_completion_outlasts_a_frozen_server(
     assert effects.count == 1
 
 
+@pytest.mark.parametrize("handled", [ConnectionRefusedError(111, "another's"), FileNotFoundError(2, "another's")])
+def test_what_the_caller_handles_does_not_keep_a_command_from_being_sent_again(
+    own_redis: Server, colour: Colour, opened: Callable[..., RedisBackend], handled: Exception
+) -> None:
+    twice = colour.define(lambda order: order, backend=opened(own_redis.url), key="{order}", namespace="handled")
+    assert colour.call(twice, "a") == "a"
+    with client_of(own_redis) as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+    try:
+        raise handled
+    except OSError:
+        assert colour.call(twice, "b") == "b"
+
+
 def test_a_refused_connection_is_told_at_once(
     colour: Colour, effects: Counter, opened: Callable[..., RedisBackend], own_redis: Server, prefix: str
 ) -> None:
@@ -773,9 +787,18 @@ def guarded() -> Iterator[Callable[[list[str]], str]]:
 
 
 def use_everything(
-    colour: Colour, url: str, opened: Callable[..., RedisBackend], gate: Gate, waits: Callable[[], Any]
+    colour: Colour,
+    url: str,
+    opened: Callable[..., RedisBackend],
+    gate: Gate,
+    waits: Callable[[], Any],
+    *,
+    unheard: bool = False,
 ) -> None:
-    """Every command there is, in both outcomes; `waits` tells when the waiter waits as it should."""
+    """Every command there is, in both outcomes; `waits` tells when the waiter waits as it should.
+
+    `unheard`: nobody can be told of a forget.
+    """
     backend = opened(url)
 
     def work(order: str) -> str:
@@ -801,7 +824,8 @@ def use_everything(
     gate.opened.set()
     assert running.result(30) == waiting.result(30) == "slow"
     assert colour.call(one.peek, "slow").state == "completed"
-    assert colour.call(one.forget, "slow")
+    with pytest.warns(RuntimeWarning, match="publish") if unheard else contextlib.nullcontext():
+        assert colour.call(one.forget, "slow")
     assert colour.call(one.peek, "slow") is None
 
 
@@ -871,7 +895,7 @@ def test_a_user_without_channels_waits_by_polling(
         def refusals() -> set[str]:
             return {entry["reason"] for entry in client.acl_log() if entry["object"] != "client|setinfo"}
 
-        use_everything(colour, url, opened, gate, refusals)
+        use_everything(colour, url, opened, gate, refusals, unheard=True)
         assert refusals() == {"channel"}
 
 
@@ -880,6 +904,16 @@ def test_a_user_without_evalsha_is_refused_before_the_run(
 ) -> None:
     backend = opened(guarded([*usual(), "-evalsha"]))
     with pytest.raises(BackendUnavailable, match="(?i)evalsha|permission"):
+        colour.call(colour.define(effects.hit, backend=backend))
+    assert effects.count == 0
+
+
+@pytest.mark.parametrize("command", ["time", "set"])
+def test_a_user_who_may_not_give_a_scripts_command_is_refused_before_the_run(
+    guarded: Any, colour: Colour, effects: Counter, opened: Callable[..., RedisBackend], command: str
+) -> None:
+    backend = opened(guarded([*usual(), f"-{command}"]))
+    with pytest.raises(BackendUnavailable, match="lacks a permission"):
         colour.call(colour.define(effects.hit, backend=backend))
     assert effects.count == 0
 

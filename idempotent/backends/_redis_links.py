@@ -102,9 +102,12 @@ class NodeLost(RedisConnectionError):
     """The server that answered for a key so far does so no longer: another may, so asking again can help."""
 
 
-def is_refused(error: BaseException | None) -> bool:
-    """Whether nobody listens at the address, or a stranger does: asking again at once does not help."""
-    while error is not None and not isinstance(error, NodeLost):
+def is_refused(error: BaseException | None, handled: BaseException | None) -> bool:
+    """Whether nobody listens at the address, or a stranger does: asking again at once does not help.
+
+    `handled`: what the caller was handling when it sent the command (`sys.exception()`), and `error` did not come from.
+    """
+    while error is not None and error is not handled and not isinstance(error, NodeLost):
         if isinstance(
             error, (ConnectionRefusedError, FileNotFoundError, socket.gaierror, ssl.SSLCertVerificationError)
         ):
@@ -264,8 +267,11 @@ class SyncLink:
         connection = whole = None
         try:
             if self._owned:
-                # In one step of the interpreter: a signal handler's exception between two would lose the permit for good.
-                permit.extend(map(self._free.get, _WAITING, (max(0.0, deadline - time.monotonic()),)))
+                try:
+                    # One step of the interpreter: a signal handler's exception between two would lose the permit for good.
+                    permit.extend(map(self._free.get, _WAITING, (max(0.0, deadline - time.monotonic()),)))
+                except Empty:
+                    raise RedisTimeoutError("no connection became free in time") from None
                 connection = whole = self._idle.take() or within(deadline, self._connect, _disconnect)
             else:
                 connection = whole = self._take_given(deadline)
@@ -273,8 +279,6 @@ class SyncLink:
             return [reply, *(self._exchange(connection, each, deadline) for each in more)] if more else reply
         except ResponseError:
             raise
-        except Empty:
-            raise RedisTimeoutError("no connection became free in time") from None
         except BaseException:
             whole = None
             if connection is not None:

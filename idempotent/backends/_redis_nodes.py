@@ -5,6 +5,7 @@ replica by now loses what it answered for, and the next try asks those who know:
 cluster. `RedisBackend` sends again within the deadline of the command.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -250,6 +251,7 @@ class NodesLink:
     async def _find(self, until: float) -> None:
         """Ask who answers for the keys. Raises what all advisers are the reason of, if none can be asked."""
         failures: list[Exception] = []
+        handled = sys.exception()
         advisers = self._map.advisers()
         for number, adviser in enumerate(advisers):
             now = time.monotonic()
@@ -265,7 +267,7 @@ class NodesLink:
             self._map.learn(reply, adviser)
             return
         final = (ResponseError, AuthenticationError, AuthorizationError)
-        if all(is_refused(error) or isinstance(error, final) for error in failures):
+        if all(is_refused(error, handled) or isinstance(error, final) for error in failures):
             raise failures[-1]
         raise NodeLost(f"nobody tells which node to ask: {failures[-1] or 'no reply'}") from failures[-1]
 

@@ -35,7 +35,9 @@ import copy
 import hashlib
 import math
 import os
+import sys
 import time
+import warnings
 import weakref
 from collections.abc import AsyncIterator
 from functools import cached_property, lru_cache
@@ -116,6 +118,8 @@ _TRANSIENT_CODES = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
 _OUT = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ReadOnlyError)
 _OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "max number of")
+_UNGRANTED = "The user executing the script"
+"""How Redis 7.0 begins to say that a user may not give a command that a script gives."""
 """Error replies of a server that does not serve us, now or for good."""
 
 
@@ -323,9 +327,17 @@ class RedisBackend(Coloured[Link]):
         attempt = os.urandom(ATTEMPT_BYTES)
         told = b"" if self._servers.is_cluster else self._forgotten  # there it would be another node's message
         ask = (attempt, b"1" if force else b"0", _TOMBSTONE, told)
-        found = _found(await self._run(_FORGET, rid, ask, self.timeout))
+        reply = await self._run(_FORGET, rid, ask, self.timeout)
+        found = _found(reply)
         if found is None:
             return None
+        if len(reply) > 3:
+            warnings.warn(
+                "the record is forgotten, but Redis does not let this user tell of it: copies in other processes"
+                f" (near_cache=) may go on answering until their ttl. Grant +publish and the channels &{self.prefix}:*",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         row, _ = machine.on_forget(found[0], attempt, found[1], force=force)
         return None if row is None else describe(rid, row, found[1])
 
@@ -437,22 +449,23 @@ class RedisBackend(Coloured[Link]):
         key = self._key(rid)
         keys = (b"2", key, f"{key}:line") if rid.space == LOCKS else (b"1", key)
         command = ("EVALSHA", script.sha, *keys, *ask)
-        deadline = time.monotonic() + budget
+        deadline, handled = time.monotonic() + budget, sys.exception()
         try:
             return await self._link.send(command, deadline, *more)
         except (TimeoutError, RedisError, OSError) as error:
-            return await self._again(error, command, deadline, budget, *more, script=script)
+            return await self._again(error, handled, command, deadline, budget, *more, script=script)
 
     async def _send(self, command: tuple[Any, ...], budget: float, send: Send) -> Any:
-        deadline = time.monotonic() + budget
+        deadline, handled = time.monotonic() + budget, sys.exception()
         try:
             return await send(command, deadline)
         except (TimeoutError, RedisError, OSError) as error:
-            return await self._again(error, command, deadline, budget, send=send)
+            return await self._again(error, handled, command, deadline, budget, send=send)
 
     async def _again(
         self,
         error: Exception,
+        handled: BaseException | None,
         command: tuple[Any, ...],
         deadline: float,
         budget: float,
@@ -468,18 +481,20 @@ class RedisBackend(Coloured[Link]):
             if script is not None and isinstance(error, NoScriptError) and command[0] != "EVAL":
                 command = ("EVAL", script.source, *command[2:])
             else:
-                await self._pause(error, deadline, budget, pause)
+                await self._pause(error, handled, deadline, budget, pause)
                 pause = min(0.25, pause * 2 or 0.005)
             try:
                 return await (send or self._link.send)(command, deadline, *more)
             except (TimeoutError, RedisError, OSError) as failure:
                 error = failure
 
-    async def _pause(self, error: Exception, deadline: float, budget: float, pause: float) -> None:
+    async def _pause(
+        self, error: Exception, handled: BaseException | None, deadline: float, budget: float, pause: float
+    ) -> None:
         """Let about `pause` seconds pass before the next try, if there is to be one after this error."""
         if not _transient(error):
             raise _failure(error) from error
-        if is_refused(error):
+        if is_refused(error, handled):
             raise BackendUnavailable(f"Redis refuses connections: {error}") from error
         if deadline - time.monotonic() <= pause:
             raise BackendUnavailable(
@@ -517,7 +532,7 @@ def _found(reply: Any) -> tuple[Row, int] | None:
     """The row that was found, and the server's time."""
     if not reply:
         return None
-    raw, now, left = reply
+    raw, now, left = reply[:3]
     row = unpack(raw)
     if row.state in SETTLED and left >= 0:
         end = now + max(1, left * 1000)  # in its last millisecond Redis says 0, and tells it to claims all the same
@@ -541,6 +556,10 @@ def _failure(error: Exception) -> BackendError:
             " give the backend a prefix= of its own"
         )
     # A script's error names the line before the reason.
+    if _UNGRANTED in text or "NOPERM" in text:
+        return BackendUnavailable(
+            f"Redis does not serve this: {text}. The user lacks a permission; `python -m idempotent doctor` says which"
+        )
     if isinstance(error, _OUT) or any(code in text for code in _OUT_CODES):
         return BackendUnavailable(f"Redis does not serve this: {text}")
     return BackendError(f"Redis answered {text}")
