@@ -126,8 +126,28 @@ def test_the_last_answer_is_compared_with_peers_that_are_right_and_with_those_th
 
     peers = dict([storm("idempotent", 9.0), storm("aiocache stampede", 1.0, runs=200), storm("cashews + lock", 6.0)])
     peers |= dict([storm("one that listens", 5.0)])
-    found = {"redis, async, 8 x 25": {"missing": {}, "peers": peers}}
-    assert [(one.measured, one.met) for one in _sections.storms_targets(found)][2:] == [(1.8, True), (1.5, False)]
+
+    def judged() -> list[tuple[float | None, bool | None]]:
+        found = {"redis, async, 8 x 25": {"missing": {}, "peers": peers}}
+        return [(one.measured, one.met) for one in _sections.storms_targets(found)][2:]
+
+    assert judged() == [(1.8, True), (1.5, False)]
+    del peers["cashews + lock"]
+    assert judged() == [(1.8, True), (None, None)]
+    del peers["one that listens"]
+    assert judged() == [(None, None), (None, None)]
+
+
+def test_a_target_with_nobody_to_compare_with_is_neither_met_nor_missed() -> None:
+    target = _report.Target("ratio", None, "<=", 2)
+    assert json.loads(json.dumps(target.as_dict())) == {
+        "what": "ratio",
+        "measured": None,
+        "sign": "<=",
+        "bound": 2,
+        "met": None,
+    }
+    assert _report.met_or_missed([target]).split()[-5:] == ["-", "<=", "2", "not", "asked"]
 
 
 @pytest.mark.parametrize("store", ["local", "sqlite", "redis", "postgresql"])
@@ -338,6 +358,6 @@ def test_readme_tells_of_the_targets_that_the_drawn_run_missed() -> None:
     folder = Path(program.__file__).parent
     found = json.loads((folder / "results.json").read_text())
     assert (folder / "results.svg").read_text() == plot.drawn(found)
-    missed = [f"{target['measured']:.2f}" for target in found["targets"] if not target["met"]]
+    missed = [f"{target['measured']:.2f}" for target in found["targets"] if target["met"] is False]
     told = (folder.parent / "README.md").read_text().partition("(benchmarks/results.svg)")[2].partition("\n## ")[0]
     assert missed == re.findall(r"\d+\.\d\d", told)
