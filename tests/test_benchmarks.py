@@ -93,6 +93,21 @@ def calls_of(*names: str) -> Any:
     return {"floor": names[0], "floors": {}, "missing": {}, "kinds": {kind: dict(own) for kind in _calls.KINDS}}
 
 
+def drawn_rows(picture: str) -> list[tuple[str, str | None, str]]:
+    """The label of each row, its bar's colour (None: it has none) and the words beside it."""
+    rows: list[tuple[str, str | None, str]] = []
+    fill = label = None
+    for element in ET.fromstring(picture):
+        if element.get("text-anchor") == "end":
+            label, fill = element.text, None
+        elif element.tag.endswith("rect"):
+            fill = element.get("fill")
+        elif label is not None and element.tag.endswith("text"):
+            rows.append((label, fill, element.text or ""))
+            label = None
+    return rows
+
+
 def test_a_peer_that_failed_a_storm_is_marked_beside_its_calls_and_in_the_picture() -> None:
     right = _sections._storm_summary([{"runs": 1, "answers": 200, "errors": {}, "last_ms": 5.0}])
     wrong = _sections._storm_summary([{"runs": 3, "answers": 190, "errors": {"LockError": 10}, "last_ms": 5.0}])
@@ -110,7 +125,24 @@ def test_a_peer_that_failed_a_storm_is_marked_beside_its_calls_and_in_the_pictur
     assert lines["idempotent"][-3:] == ["1", "0", "right"]
     assert lines["a peer"][-3:] == ["1-3", "0-10", "WRONG"]
     picture = plot.drawn({"machine": {}, "quick": True, "sections": sections})
-    assert picture.count("WRONG") == picture.count('fill="url(#wrong)"') == 2  # its first calls and its replays
+    assert "logarithmic scale" in picture
+    convicted = ["a peer, first", "a peer, replay", "idempotent", "a peer"]  # ours in one storm, the peer in another
+    assert sorted(label for label, _, words in drawn_rows(picture) if "WRONG" in words) == sorted(convicted)
+    assert [label for label, fill, _ in drawn_rows(picture) if fill == "url(#wrong)"] == [
+        label for label, _, words in drawn_rows(picture) if "WRONG" in words
+    ]
+
+
+def test_a_peer_whose_function_never_ran_has_no_bar_and_is_wrong() -> None:
+    ran = _sections._storm_summary([{"runs": 1, "answers": 200, "errors": {}, "last_ms": 5.0, "commands": 9}])
+    never = {"runs": 0, "answers": 0, "errors": {"LockError": 200}, "last_ms": None, "commands": 3}
+    peers = {"a peer": _sections._storm_summary([never]), "idempotent": ran}
+    sections = {"storms": {"redis, sync, 1 x 200": {"missing": {}, "peers": peers}}}
+    picture = plot.drawn({"machine": {}, "quick": True, "sections": sections})
+    assert drawn_rows(picture) == [
+        ("idempotent", "#0b5", "5.0 ms, 9 commands"),
+        ("a peer", None, "-, 3 commands WRONG: ran 0 x, 0 answers"),
+    ]
 
 
 def test_calls_without_storms_say_that_nobody_was_asked() -> None:
