@@ -226,7 +226,7 @@ def _storm(bench: Bench, crew: Crew, what: tuple[str, str, str], processes: int)
 
 
 _HANDSHAKE = ("HELLO", "CLIENT", "AUTH", "SELECT", "PING")
-"""What opening a connection and looking whether one is alive costs, which is no part of a call."""
+"""What opening a connection and asking whether it is alive costs, which is no part of a call."""
 
 
 def _storm_summary(own: list[Result]) -> Result:

@@ -354,7 +354,9 @@ def test_a_run_writes_json_prints_tables_and_can_be_drawn(
     assert found["machine"]["python"]
     assert found["commit"] == "c0ffee-dirty"
     assert [target["what"] for target in found["targets"]] == ["local, sync, one CPU: replay / cachetools, our key"]
-    assert "Targets" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.startswith("--quick: ")
+    assert "Targets" in told
     assert plot.main([str(tmp_path / "run.json")]) == 0
     drawn = ET.fromstring((tmp_path / "run.svg").read_text())
     words = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
