@@ -7,14 +7,18 @@ are taken within a round, and their median and quartiles are shown. Ratios carry
 not. The floor of a store is the commands that nobody can do without, on its usual client (see `_floors.py`).
 
 - Storms: 200 duplicates of one call that takes 50 ms, in one process and in eight: how often it ran, how many got its
-  answer, the commands that Redis got, and the milliseconds from its end to the last answer. A peer that is WRONG ran
-  it more often than once, or left callers without the answer; its speed is worth nothing then.
+  answer, the commands that Redis got, and the milliseconds from its end to the last answer. A storm before them, which
+  does not count, opens connections and loads scripts; what opens a connection or asks whether it is alive (HELLO, CLIENT,
+  AUTH, SELECT, PING) is not among the commands. A peer that is WRONG ran it more often than once, or left callers without
+  the answer; its speed is worth nothing then.
 - Calls: the first call with a key, and a replay, and beside them what the storms say of the same peer on that store: runs
   for 200 duplicates, and callers without the answer. Replays are of one key, again and again; in the rows "keys of another
   process" each is of another key, which this process never saw, and the floor's are, too. "one CPU" has server and caller
   on the same one, which leaves out what waking another CPU costs; the targets are about it where it can be had.
 - Growth: our calls beside stores of a thousand, a hundred thousand and a million records, as ratios to the smallest.
 - Costs: bytes in Redis and in the process, imports, hooks for events, and several processes at once.
+- `--quick` measures all this for shorter, and leaves out a million records, storms in eight processes on other stores than
+  Redis, the throughput of PostgreSQL, and calls on "all CPUs" where "one CPU" can be had.
 
 The servers are started for the run, from PATH or from wheels; those that are given by URL must serve nobody else.
 """
@@ -32,6 +36,11 @@ from benchmarks._peers import PACKAGES
 from benchmarks._report import commit, judge, machine, met_or_missed, say
 from benchmarks._sections import SECTIONS, Bench, Result
 from benchmarks._server import postgres_server, redis_server, versions
+
+_QUICK = (
+    "--quick: shorter and noisier, without a million records, storms in eight processes off Redis,"
+    " PostgreSQL's throughput and calls on all CPUs"
+)
 
 
 @contextmanager
@@ -62,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--postgres", metavar="URL", help="the same; postgresql://user@host:port/database")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.quick:
+        print(_QUICK, flush=True)
     found: Result = {"commit": commit(), "machine": machine(*PACKAGES), "quick": options.quick, "sections": {}}
     try:
         with prepared(options.redis, options.postgres, quick=options.quick) as bench:

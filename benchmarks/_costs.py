@@ -15,7 +15,7 @@ import redis
 
 from benchmarks._calls import Timings, runner, sync_rounds
 from benchmarks._floors import FLOORS
-from benchmarks._peers import OURS, guards_of
+from benchmarks._peers import BLOCKING, OURS, guards_of
 from benchmarks._work import AMOUNT, BODY, TTL, Contender, charge, charge_async
 from idempotent import configure
 from idempotent.events import Hook, log_event
@@ -60,7 +60,9 @@ def bytes_in_redis(url: str) -> dict[str, int]:
                     runner().run(reply)
             except Exception:  # the calls' own table says why
                 continue
-            found.setdefault(name, sum(int(client.memory_usage(key, samples=0)) for key in client.scan_iter()))
+            found.setdefault(
+                name.removesuffix(BLOCKING), sum(int(client.memory_usage(key, samples=0)) for key in client.scan_iter())
+            )
     client.flushdb()
     return found
 

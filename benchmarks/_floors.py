@@ -1,10 +1,13 @@
-"""The least that a store costs: the commands that nobody can do without, on its usual client and the client's pool.
+"""The floors that ratios are to: the commands that nobody can do without, on the store's usual client, as people use it.
+
+Its pool is in them, so they are no lower bound: who keeps connections outside of the pool may come below.
 
 - Redis: a replay is one GET; a first call is two EVALSHA, of a script that claims a key and of one that compares its
   token and puts the result there. In async code redis-py guards each read with a timer of its own, which is in the floor;
   "no time-out" is without.
-- PostgreSQL and SQLite: the statements that we send ourselves, by SQLAlchemy Core in autocommit, on an engine with its
-  default pool. "plain" are an INSERT, an UPDATE and a SELECT by primary key: the same, without lease and fingerprint.
+- PostgreSQL and SQLite: the statements that we send ourselves, by SQLAlchemy Core in autocommit, each on a connection that
+  an engine with its default pool lends for it. "held connection" has them all on one that never goes back, which is how
+  ours keeps its own. "plain" are an INSERT, an UPDATE and a SELECT by primary key: the same, without lease and fingerprint.
 - local: `cachetools.cached` on a TTLCache with a lock, whose key is what our decorator makes of a call, by the code that
   it uses itself: key and fingerprint. "hashkey" is the same with the key that cachetools makes by default.
 """
@@ -21,7 +24,7 @@ import redis.asyncio
 import sqlalchemy as sa
 from cachetools.keys import hashkey
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from benchmarks._work import BODY, TTL, Contender, charge
 from idempotent import idempotent
@@ -81,10 +84,10 @@ def _redis_async(url: str) -> dict[str, Contender]:
 class _Records:
     """Our own statements and their values, on a table beside ours."""
 
-    def __init__(self, dialect: str) -> None:
+    def __init__(self, dialect: str, table: str) -> None:
         self.metadata = sa.MetaData()
         self.dialect = dialect
-        self.made = Statements(records_table(self.metadata, "floor_records"), dialect)
+        self.made = Statements(records_table(self.metadata, table), dialect)
 
     @staticmethod
     def _digest(order_id: str) -> str:
@@ -189,6 +192,10 @@ def _driver(url: str, kind: str) -> str:
     return f"{drivers[scheme][kind == 'async']}://{rest}"
 
 
+_SAME, _HELD = "the same statements, Core", "the same statements, held connection"
+_PLAIN = "plain statements, Core"
+
+
 def _sql(url: str) -> dict[str, Contender]:
     dialect = url.partition("://")[0]
     engine = sa.create_engine(_driver(url, "sync"), isolation_level="AUTOCOMMIT")
@@ -211,7 +218,25 @@ def _sql(url: str) -> dict[str, Contender]:
 
         return Contender(first, replay)
 
-    return {"the same statements, Core": on(_Records(dialect)), "plain statements, Core": on(_Plain(dialect))}
+    def held(records: _Records) -> Contender:
+        records.metadata.create_all(engine)
+        connection = engine.connect()
+
+        def first(order_id: str) -> None:
+            attempt = os.urandom(8)
+            token = records.claim(connection, order_id, attempt)
+            records.settle(connection, order_id, attempt, token)
+
+        def replay(order_id: str) -> None:
+            _check(records.known(connection, order_id), True)
+
+        return Contender(first, replay)
+
+    return {
+        _SAME: on(_Records(dialect, "floor_records")),
+        _HELD: held(_Records(dialect, "held_records")),
+        _PLAIN: on(_Plain(dialect)),
+    }
 
 
 def _sql_async(url: str) -> dict[str, Contender]:
@@ -240,7 +265,27 @@ def _sql_async(url: str) -> dict[str, Contender]:
 
         return Contender(first, replay)
 
-    return {"the same statements, Core": on(_Records(dialect)), "plain statements, Core": on(_Plain(dialect))}
+    def held(records: _Records) -> Contender:
+        opened: list[AsyncConnection] = []
+
+        async def first(order_id: str) -> None:
+            if not opened:
+                opened.append(await engine.connect())
+                await opened[0].run_sync(records.metadata.create_all)
+            attempt = os.urandom(8)
+            token = await opened[0].run_sync(records.claim, order_id, attempt)
+            await opened[0].run_sync(records.settle, order_id, attempt, token)
+
+        async def replay(order_id: str) -> None:
+            _check(await opened[0].run_sync(records.known, order_id), True)
+
+        return Contender(first, replay)
+
+    return {
+        _SAME: on(_Records(dialect, "floor_records")),
+        _HELD: held(_Records(dialect, "held_records")),
+        _PLAIN: on(_Plain(dialect)),
+    }
 
 
 def _local(_url: str) -> dict[str, Contender]:

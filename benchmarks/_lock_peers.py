@@ -33,7 +33,7 @@ def _async_client(url: str, *, one: bool = False) -> Any:
 
 
 class _Raw:
-    """The least that a lock on redis-py's own client costs. Does not wait."""
+    """A SET and a script that compares and deletes, by hand on redis-py's own client. Does not wait."""
 
     def __init__(self, client: Any, name: str) -> None:
         self._client = client

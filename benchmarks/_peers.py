@@ -16,9 +16,11 @@ from urllib.parse import urlsplit
 from benchmarks._work import TTL
 from idempotent import idempotent
 
-__all__ = ["OURS", "PACKAGES", "POLLING", "guards_of"]
+__all__ = ["BLOCKING", "OURS", "PACKAGES", "POLLING", "guards_of"]
 
 OURS = "idempotent"
+BLOCKING = ", blocking"
+"""What a peer has behind its name in async code if the event loop stands still while its client waits for the store."""
 
 Function = Callable[..., Any]
 Guard = Callable[[str, Function], Function]
@@ -198,7 +200,9 @@ def _dbos(url: str, function: Function) -> Function:
 
 _PEERS = (
     _Peer("powertools", "aws_lambda_powertools", "redis", "sync", _powertools),
-    _Peer("kasper-idempotent", "kasper_idempotent", "redis local", "sync async", _kasper),
+    _Peer("kasper-idempotent", "kasper_idempotent", "local", "sync async", _kasper),
+    _Peer("kasper-idempotent", "kasper_idempotent", "redis", "sync", _kasper),
+    _Peer("kasper-idempotent" + BLOCKING, "kasper_idempotent", "redis", "async", _kasper),
     _Peer("idempotency", "idempotency", "redis local", "sync", _idempotency),
     _Peer("dogpile.cache", "dogpile", "redis local", "sync", _dogpile),
     _Peer("pyidempotent", "pyidempotent", "redis local", "async", _pyidempotent),

@@ -60,14 +60,17 @@ class Target:
     """A figure that is promised, and what was measured."""
 
     what: str
-    measured: float
+    measured: float | None
+    """None: there is nobody to compare with."""
     sign: str
     """How `measured` must compare with `bound`: "<=", "<" or ">="."""
     bound: float
 
     @property
-    def met(self) -> bool:
-        """Whether it does."""
+    def met(self) -> bool | None:
+        """Whether it does; None: it is not asked."""
+        if self.measured is None:
+            return None
         compare = {
             "<=": self.measured <= self.bound,
             "<": self.measured < self.bound,
@@ -82,8 +85,14 @@ class Target:
 
 def met_or_missed(targets: Sequence[Target]) -> str:
     """The table of all targets."""
+    words = {True: "met", False: "MISSED", None: "not asked"}
     rows = [
-        (target.what, f"{target.measured:.3g}", f"{target.sign} {target.bound:g}", "met" if target.met else "MISSED")
+        (
+            target.what,
+            "-" if target.measured is None else f"{target.measured:.3g}",
+            f"{target.sign} {target.bound:g}",
+            words[target.met],
+        )
         for target in targets
     ]
     return table("Targets", ("measured", "target", ""), rows)

@@ -1,6 +1,5 @@
 """The sections of `python -m benchmarks`: what each measures, its table for people, and what is promised of it."""
 
-import math
 import os
 import random
 import time
@@ -227,7 +226,7 @@ def _storm(bench: Bench, crew: Crew, what: tuple[str, str, str], processes: int)
 
 
 _HANDSHAKE = ("HELLO", "CLIENT", "AUTH", "SELECT", "PING")
-"""What opening a connection and looking whether one is alive costs, which is no part of a call."""
+"""What opening a connection and asking whether it is alive costs, which is no part of a call."""
 
 
 def _storm_summary(own: list[Result]) -> Result:
@@ -285,12 +284,18 @@ def storms_targets(found: Result) -> Iterator[Target]:
             continue
         processes = int(title.split(", ")[2].split(" ")[0])
         yield Target(f"storm, {title}: Redis commands", median(ours["commands"]), "<=", 5 if processes == 1 else 50)
-        rivals = {name: median(own["last_ms"]) for name, own in peers.items() if name != OURS and own["correct"]}
-        if processes > 1 and rivals:
-            mine = median(ours["last_ms"])
-            yield Target(f"storm, {title}: last waiter / the best right peer's", mine / min(rivals.values()), "<=", 2)
-            soonest = min((rivals[name] for name in POLLING if name in rivals), default=math.inf)
-            yield Target(f"storm, {title}: last waiter / the best one's that polls", mine / soonest, "<", 1)
+        if processes > 1:
+            rivals = {name: own for name, own in peers.items() if name != OURS and own["correct"]}
+            polling = {name: own for name, own in rivals.items() if name in POLLING}
+            yield Target(f"storm, {title}: last waiter / the best right peer's", _last_ratio(ours, rivals), "<=", 2)
+            yield Target(f"storm, {title}: last waiter / the best one's that polls", _last_ratio(ours, polling), "<", 1)
+
+
+def _last_ratio(ours: Result, rivals: dict[str, Result]) -> float | None:
+    """Ours' last answer to that of the quickest of these; None: there is none, or none of ours."""
+    if not rivals or not ours["last_ms"]:
+        return None
+    return median(ours["last_ms"]) / min(median(own["last_ms"]) for own in rivals.values())
 
 
 def growth(bench: Bench) -> Result:
