@@ -8,6 +8,7 @@ import pytest
 from test_explorer import CALLS, failing_for_good, of_two_minds, too_late
 
 from idempotent import _flow as flow
+from idempotent import _machine as machine
 from idempotent import _near
 from idempotent._near import Near
 from idempotent._record import Row, State
@@ -222,7 +223,7 @@ def test_all_answers_of_the_near_cache_are_the_stores_but_for_a_forget_by_others
 
 # -------------------------------------------------------------------------------------------------- planted bugs
 
-find, keep, look = Near.find, Near.keep, local._Store.look
+find, keep, look, on_forget = Near.find, Near.keep, local._Store.look, machine.on_forget
 
 
 def find_without_fingerprint(near: Near, text: str, fingerprint: bytes) -> Any:
@@ -256,6 +257,10 @@ def look_at_what_has_expired(store: Any, key: str, fingerprint: bytes) -> Any:
     return None if row is None or row.state is State.EXPIRED else (row, store.clock())
 
 
+def forget_that_forgets_nothing(row: Row | None, attempt: bytes, now: int, *, force: bool) -> Any:
+    return on_forget(row, attempt, now, force=force)[0], None
+
+
 PLANTS: dict[str, tuple[Any, str, Any, Any, Any, str]] = {
     "a copy told without its fingerprint": (Near, "find", find_without_fingerprint, near_other_arguments, Model, "13."),
     "a copy that outlives its record": (Near, "keep", keep_past_the_ttl, near_too_late, Telling, "14."),
@@ -273,6 +278,7 @@ PLANTS: dict[str, tuple[Any, str, Any, Any, Any, str]] = {
     ),
     "a look without the fingerprint": (local._Store, "look", look_without_fingerprint, of_two_minds, InMemory, "13."),
     "a look at what has expired": (local._Store, "look", look_at_what_has_expired, too_late, InMemory, "14."),
+    "a forget that forgets nothing": (machine, "on_forget", forget_that_forgets_nothing, forgetting, Model, "16."),
     "a look that finds nothing": (local._Store, "look", lambda *_: None, twice, InMemory, "15."),
 }
 

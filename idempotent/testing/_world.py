@@ -370,7 +370,13 @@ class Model(Backend):
             found, left = rules.on_forget(row, attempt, now, force=force)
             return None if found is None else describe(rid, found, now), left
 
-        found: Record | None = await self._command("forget by force" if force else "forget", rid, decide)
+        def judge(row: Row | None, _reply: Any, stored: Row | None, now: int) -> str:
+            was, left = (None if each is None else describe(rid, each, now) for each in (row, stored or row))
+            if was is None or left is None or (was.state == "running" and not force):
+                return ""
+            return "16. a record that was to be forgotten is still there"
+
+        found: Record | None = await self._command("forget by force" if force else "forget", rid, decide, judge)
         if found is not None and found.state in ("completed", "failed"):
             self.told.add(found.token)
         return found

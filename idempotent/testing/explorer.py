@@ -15,7 +15,8 @@ has finished leaves no running record of its own; 10. an owner is refused only i
 applied twice changes nothing and answers the same; 12. nobody enters a lock while another surely holds it; 13. no call is
 answered from the outcome of other arguments, nor refused for its own; 14. a key that is remembered past its result's ttl is
 neither free nor tells the result; 15. what a process answers from its own memory is what the store would answer, but for a
-forget that it was not told of, for a second at the most.
+forget that it was not told of, for a second at the most; 16. what was forgotten is not there any more, unless it was running
+and not forgotten by force.
 
 What is not explored: a command and its reply are one step, so no lease ends between them, and a command that was lost is
 not applied later; the callers share no process, but for the records of a store in their memory; heartbeats beat where a
