@@ -1,7 +1,5 @@
 """The explorer on answers from a process's own memory: the local backend's finder, and the near-cache."""
 
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from idempotent.testing.explorer import Caller, InMemory, Model, Telling, call, 
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was answered from memory, in time that is the caller's."""
+    """What was answered from memory."""
     told: list[str] = []
     at_hand = flow.at_hand
 
@@ -30,20 +28,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return at_hand(plan, text, found)
 
     monkeypatch.setattr(flow, "at_hand", noted)
-    monkeypatch.setattr(_near, "_micros", lambda: CLOCK.get()())
-    for module in (_near, flow):
-        monkeypatch.setattr(module, "monotonic", lambda: CLOCK.get()() / 1e6)
     return told
-
-
-CLOCK: ContextVar[Callable[[], int]] = ContextVar("clock", default=lambda: START)
-"""The time of the caller that runs, if it has a near-cache."""
-
-
-def give_near(caller: Caller) -> None:
-    """Give the caller's process a near-cache."""
-    CLOCK.set(lambda: caller.model.now)
-    caller.near = Near(10, caller.model)
 
 
 async def forget_if_ended(caller: Caller) -> None:
@@ -74,7 +59,7 @@ async def near_twice(caller: Caller) -> Any:
     if caller.number:
         await forget_if_ended(caller)
         return await call(caller)
-    give_near(caller)
+    caller.give_near()
     await call(caller)
     return await call(caller)
 
@@ -85,7 +70,7 @@ async def near_a_second_later(caller: Caller) -> Any:
         await caller.pause(0.5)
         await forget_if_ended(caller)
         return await call(caller)
-    give_near(caller)
+    caller.give_near()
     await call(caller)
     await caller.pause(1.6)
     return await call(caller)
@@ -95,7 +80,7 @@ async def near_own_forget(caller: Caller) -> Any:
     """The first caller has a near-cache, and forgets between two calls."""
     if caller.number:
         return await call(caller)
-    give_near(caller)
+    caller.give_near()
     await call(caller)
     await forget_if_ended(caller)
     return await call(caller)
@@ -103,7 +88,7 @@ async def near_own_forget(caller: Caller) -> Any:
 
 async def near_failing(caller: Caller) -> Any:
     """Each has a near-cache and calls twice what raises; the error is recorded."""
-    give_near(caller)
+    caller.give_near()
     try:
         await failing_for_good(caller)
     except KeyError:
@@ -113,7 +98,7 @@ async def near_failing(caller: Caller) -> Any:
 
 async def near_other_arguments(caller: Caller) -> Any:
     """Each has a near-cache, and calls with two kinds of arguments, the others the other way round."""
-    give_near(caller)
+    caller.give_near()
     one, two = (b"a" * 16, b"b" * 16)[:: 1 if caller.number else -1]
     for fingerprint in (one, two):
         try:
@@ -125,7 +110,7 @@ async def near_other_arguments(caller: Caller) -> Any:
 
 async def near_too_late(caller: Caller) -> Any:
     """Each has a near-cache, and calls again when the result has expired; the key is remembered."""
-    give_near(caller)
+    caller.give_near()
     await call(caller, ttl=10.0, remember=60.0)
     await caller.pause(50.0)
     return await call(caller, ttl=10.0, remember=60.0)
@@ -135,7 +120,7 @@ async def near_on_a_line_that_breaks(caller: Caller) -> Any:
     """As `near_a_second_later`, but the first caller hears nothing between its calls."""
     if caller.number:
         return await near_a_second_later(caller)
-    give_near(caller)
+    caller.give_near()
     model: Any = caller.model
     await call(caller)
     model.breaks()
@@ -233,7 +218,7 @@ def find_without_fingerprint(near: Near, text: str, fingerprint: bytes) -> Any:
 
 def find_whatever_was_missed(near: Near, text: str, fingerprint: bytes) -> Any:
     row = near._rows.get(text)
-    return None if row is None or row.fingerprint != fingerprint else (row, _near._micros())
+    return None if row is None or row.fingerprint != fingerprint else (row, near._clock())
 
 
 def keep_past_the_ttl(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
@@ -245,7 +230,7 @@ def keep_what_was_asked_before_a_forget(near: Near, mark: Any, text: str, row: R
 
 
 def keep_from_the_reply_on(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
-    keep(near, (*mark[:2], _near._micros()), text, row, until)
+    keep(near, (*mark[:2], near._clock()), text, row, until)
 
 
 def look_without_fingerprint(store: Any, key: str, fingerprint: bytes) -> Any:
