@@ -9,7 +9,7 @@ from idempotent import _flow as flow
 from idempotent import _machine as machine
 from idempotent import _near
 from idempotent._near import Near
-from idempotent._record import Row, State
+from idempotent._record import Record, RecordId, Row, Settled, State
 from idempotent.backends import local
 from idempotent.errors import FingerprintMismatch, InProgress
 from idempotent.testing import explore
@@ -129,15 +129,39 @@ async def near_on_a_line_that_breaks(caller: Caller) -> Any:
     return await call(caller)
 
 
+async def near_as_it_expires(caller: Caller) -> Any:
+    """The first caller has a near-cache, and calls again half a second after the result has expired."""
+    if caller.number:
+        return await call(caller, ttl=10.0, remember=60.0)
+    caller.give_near()
+    await call(caller, ttl=10.0, remember=60.0)
+    await caller.pause(10.5)
+    return await call(caller, ttl=10.0, remember=60.0)
+
+
+async def later(model: Model) -> None:
+    """The reply to a command comes nine tenths of a second after it was applied."""
+    until = model.now + 900_000
+    nothing, ready = lambda facts, rules: Applied(None, facts), lambda facts: facts.now >= until
+    await hand_over(Step("wait", nothing, ready=ready, deadline=until))
+
+
 class Slow(Model):
     """A store whose reply to a completion takes its time."""
 
     async def complete(self, *args: Any, **options: Any) -> Any:
         answer = await super().complete(*args, **options)
-        until = self.now + 900_000
-        nothing, ready = lambda facts, rules: Applied(None, facts), lambda facts: facts.now >= until
-        await hand_over(Step("wait", nothing, ready=ready, deadline=until))
+        await later(self)
         return answer
+
+
+class SlowReads(Telling):
+    """A store that tells of what is forgotten, and whose reply to a read takes its time."""
+
+    async def read(self, rid: RecordId) -> Record | None:
+        found = await super().read(rid)
+        await later(self)
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------- what ships
@@ -158,6 +182,7 @@ NEAR = [
     (near_too_late, Telling),
     (near_too_late, Model),
     (near_on_a_line_that_breaks, Telling),
+    (near_as_it_expires, SlowReads),
 ]
 
 
@@ -168,7 +193,10 @@ def named(value: Any) -> str | None:
 @pytest.mark.parametrize(("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model)], ids=named)
 @pytest.mark.parametrize(
     ("callers", "crashes", "expiries", "lost_replies"),
-    [(1, 1, 1, 1), (2, 1, 1, 0), (2, 0, 0, 1), pytest.param(3, 0, 0, 0, marks=pytest.mark.soak)],
+    [
+        *((1, 1, 1, 1), (1, 0, 1, 2), (1, 1, 1, 2), (2, 1, 1, 0), (2, 0, 0, 1)),
+        pytest.param(3, 0, 0, 0, marks=pytest.mark.soak),
+    ],
 )
 def test_every_history_with_answers_from_memory_keeps_its_promises(
     scenario: Any, model: Any, callers: int, crashes: int, expiries: int, lost_replies: int
@@ -208,7 +236,7 @@ def test_all_answers_of_the_near_cache_are_the_stores_but_for_a_forget_by_others
 
 # -------------------------------------------------------------------------------------------------- planted bugs
 
-find, keep, look, on_forget = Near.find, Near.keep, local._Store.look, machine.on_forget
+find, keep, look, on_forget, record = Near.find, Near.keep, local._Store.look, machine.on_forget, flow.record
 
 
 def find_without_fingerprint(near: Near, text: str, fingerprint: bytes) -> Any:
@@ -231,6 +259,19 @@ def keep_what_was_asked_before_a_forget(near: Near, mark: Any, text: str, row: R
 
 def keep_from_the_reply_on(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
     keep(near, (*mark[:2], near._clock()), text, row, until)
+
+
+async def copy_found_from_the_reply_on(driver: Any, run: Any, settled: Settled, mark: Any) -> None:
+    found = await run.plan.backend.read(run.rid)
+    if found is not None and found.state == "completed":
+        flow._copy(driver, run, settled, mark, driver.now() + found.expires_in)
+
+
+async def record_with_a_copy_in_any_case(driver: Any, run: Any, settled: Settled, ttl: float) -> tuple[Settled, bool]:
+    mark, sent = run.plan.near.mark(), driver.now()
+    recorded, stored = await record(driver, run, settled, ttl)
+    flow._copy(driver, run, recorded, mark, sent + ttl)
+    return recorded, stored
 
 
 def look_without_fingerprint(store: Any, key: str, fingerprint: bytes) -> Any:
@@ -261,6 +302,10 @@ PLANTS: dict[str, tuple[Any, str, Any, Any, Any, str]] = {
         *(Near, "find", find_whatever_was_missed),
         *(near_on_a_line_that_breaks, Telling, "15."),
     ),
+    "a copy of what was found that counts from the reply on": (
+        *(flow, "_copy_found", copy_found_from_the_reply_on),
+        *(near_as_it_expires, SlowReads, "14."),
+    ),
     "a look without the fingerprint": (local._Store, "look", look_without_fingerprint, of_two_minds, InMemory, "13."),
     "a look at what has expired": (local._Store, "look", look_at_what_has_expired, too_late, InMemory, "14."),
     "a forget that forgets nothing": (machine, "on_forget", forget_that_forgets_nothing, forgetting, Model, "16."),
@@ -276,3 +321,13 @@ def test_a_planted_bug_is_convicted(plant: str, monkeypatch: pytest.MonkeyPatch)
     found = explore(scenario, model=model, callers=2, crashes=0, expiries=0, lost_replies=0)
     assert found.violation is not None
     assert found.violation.promise.startswith(promise)
+
+
+@pytest.mark.parametrize(("crashes", "lost_replies"), [(0, 2), (1, 2)])
+def test_a_copy_of_an_outcome_that_was_not_stored_is_convicted(
+    monkeypatch: pytest.MonkeyPatch, crashes: int, lost_replies: int
+) -> None:
+    monkeypatch.setattr(flow, "record", record_with_a_copy_in_any_case)
+    found = explore(near_twice, model=Telling, callers=1, crashes=crashes, expiries=1, lost_replies=lost_replies)
+    assert found.violation is not None
+    assert found.violation.promise.startswith("15.")
