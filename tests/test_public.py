@@ -129,7 +129,10 @@ USED_BY_SOME = "cachetools pickle idempotent._near idempotent._observe idempoten
     ("statement", "absent"),
     [
         ("import idempotent", "redis sqlalchemy msgspec pydantic hypothesis asyncio orjson cachetools"),
-        ("from idempotent import idempotent, configure", f"redis sqlalchemy pydantic hypothesis asyncio {USED_BY_SOME}"),
+        (
+            "from idempotent import idempotent, configure",
+            f"redis sqlalchemy pydantic hypothesis asyncio {USED_BY_SOME}",
+        ),
         ("from idempotent import *", "sqlalchemy pydantic hypothesis"),
     ],
 )
