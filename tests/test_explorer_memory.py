@@ -190,7 +190,9 @@ def named(value: Any) -> str | None:
     return getattr(value, "__name__", None)
 
 
-@pytest.mark.parametrize(("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model)], ids=named)
+@pytest.mark.parametrize(
+    ("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model)], ids=named
+)
 @pytest.mark.parametrize(
     ("callers", "crashes", "expiries", "lost_replies"),
     [
@@ -331,3 +333,19 @@ def test_a_copy_of_an_outcome_that_was_not_stored_is_convicted(
     found = explore(near_twice, model=Telling, callers=1, crashes=crashes, expiries=1, lost_replies=lost_replies)
     assert found.violation is not None
     assert found.violation.promise.startswith("15.")
+
+
+# ------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_what_is_found_in_memory_is_drawn_at_the_caller_with_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Near, "clear", lambda near: None)
+    found = explore(near_own_forget, model=Telling, callers=1, crashes=0, expiries=0, lost_replies=0).violation
+    assert found is not None
+    assert [what for _, what, _ in found.lines] == [
+        *("looks in memory", "claim", "EFFECT", "complete", "read", "forget by force", "forget"),
+        *("looks in memory", "finds token 0 in memory", "returns 1"),
+    ]
+    notes = [line for line in found.mermaid().splitlines() if "memory" in line]
+    looks, finds = "    Note over C1: looks in memory", "    Note over C1: finds token 0 in memory"
+    assert notes == [looks, looks, finds]

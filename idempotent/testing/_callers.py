@@ -408,7 +408,9 @@ async def _at_hand(caller: Caller, run: Run) -> flow.Replay | None:
     found = plan.find(run.rid.text, run.fingerprint)
     promise = model.judge_memory(seen, found, run.fingerprint)
     if found is not None or promise:
-        await hand_over(Step("memory", lambda facts, _rules: Applied(None, facts, promise), is_effect=True))
+        told = "nothing" if found is None else f"token {found[0].token - START}"
+        label = f"finds {told} in memory"
+        await hand_over(Step(label, lambda facts, _rules: Applied(None, facts, promise), is_effect=True))
     return None if found is None else flow.at_hand(plan, run.rid.text, found)
 
 

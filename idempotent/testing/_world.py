@@ -383,10 +383,13 @@ class Model(Backend):
 
     async def look(self, rid: RecordId) -> Seen:
         """The record at the moment at which the caller looks into its own memory. No command of a backend."""
-        text = rid.text
-        seen: Seen = await hand_over(
-            Step("look", lambda facts, _rules: Applied(Seen(facts.row(text), facts.forgotten), facts), is_effect=True)
-        )
+        return await self._see("looks in memory", rid.text)
+
+    async def _see(self, label: str, text: str) -> Seen:
+        def apply(facts: Facts, _rules: Any) -> Applied:
+            return Applied(Seen(facts.row(text), facts.forgotten), facts)
+
+        seen: Seen = await hand_over(Step(label, apply, is_effect=True))
         return seen
 
     def judge_memory(self, seen: Seen, found: tuple[Row, int] | None, fingerprint: bytes) -> str:
@@ -476,13 +479,13 @@ class Telling(Model):
 
     async def listens_again(self) -> None:
         """There is another line; what was told meanwhile was missed."""
-        self._missed = {token for token, _ in (await super().look(RecordId("", ""))).forgotten}
+        self._missed = {token for token, _ in (await self._see("hears", "")).forgotten}
         self.session = 2
 
     async def _command(self, *args: Any, **options: Any) -> Any:
         reply = await super()._command(*args, **options)
         if self.session:
-            self._hear((await super().look(RecordId("", ""))).forgotten)
+            self._hear((await self._see("hears", "")).forgotten)
         return reply
 
     async def look(self, rid: RecordId) -> Seen:
