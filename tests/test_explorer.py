@@ -318,7 +318,9 @@ class Impatient(Model):
         await super().changed(rid, token=token, timeout=timeout / 2)
         found = await self.read(rid)
         if found is not None and found.state == "running":
-            await self.forget(rid, force=True)
+            await self._command(
+                "delete", rid, lambda _rules, row, now: machine.on_forget(row, b"deletes.", now, force=True)
+            )
 
 
 class Deaf(Model):

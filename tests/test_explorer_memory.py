@@ -54,6 +54,15 @@ async def forgetting(caller: Caller) -> Any:
     return await twice(caller)
 
 
+async def forgetting_by_force(caller: Caller) -> Any:
+    """Each calls, and all but the first forget that by force and call again; without near-cache."""
+    await call(caller)
+    if caller.number:
+        assert caller.run is not None
+        await flow.forget(caller.run, force=True)
+    return await call(caller)
+
+
 async def near_twice(caller: Caller) -> Any:
     """The first caller has a near-cache and calls twice; the others forget what there is, and call."""
     if caller.number:
@@ -191,7 +200,7 @@ def named(value: Any) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model)], ids=named
+    ("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model), (forgetting_by_force, Model)], ids=named
 )
 @pytest.mark.parametrize(
     ("callers", "crashes", "expiries", "lost_replies"),

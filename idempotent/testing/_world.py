@@ -69,7 +69,7 @@ class Facts(NamedTuple):
     inside: tuple[tuple[int, int], ...] = ()
     """Who is in a critical section, and until when nobody else may be."""
     forgotten: tuple[tuple[int, int], ...] = ()
-    """Token and time of each recorded outcome that was forgotten; not by force, which is for what runs."""
+    """Token and time of each recorded outcome that was forgotten."""
 
     def row(self, text: str) -> Row | None:
         """The record of that id."""
@@ -258,7 +258,7 @@ class Model(Backend):
         def apply(facts: Facts, rules: Any) -> Applied:
             found = facts.row(text)
             reply, row = decide(rules, found, facts.now)
-            applied = _observed(facts, text, row, reply, forgets=label == "forget")
+            applied = _observed(facts, text, row, reply, forgets=label in ("forget", "forget by force"))
             return applied if applied.promise else applied._replace(promise=judge(found, reply, row, facts.now))
 
         return await hand_over(Step(label, apply))
