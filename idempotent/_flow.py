@@ -10,7 +10,6 @@ import inspect
 import warnings
 from collections.abc import Awaitable, Callable
 from random import random
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from idempotent import events
@@ -140,25 +139,25 @@ async def begin(driver: Driver, run: Run) -> Replay | None:
         raise
     plan.flights.land(run, settled)
     if mark is not None:
-        await _copy_found(run, settled, mark)
+        await _copy_found(driver, run, settled, mark)
     return replay(run, settled)
 
 
-async def _copy_found(run: Run, settled: Settled, mark: "Mark") -> None:
+async def _copy_found(driver: Driver, run: Run, settled: Settled, mark: "Mark") -> None:
     """Copy what a claim has found into the near-cache, for as long as the backend says that it is there."""
-    asked = monotonic()
+    asked = driver.now()
     try:
         record = await run.plan.backend.read(run.rid)
     except BackendError:
         return
     if record is not None and record.state in _SETTLED and record.token == settled.token and record.expires_in:
-        _copy(run, settled, mark, asked + record.expires_in)
+        _copy(driver, run, settled, mark, asked + record.expires_in)
 
 
-def _copy(run: Run, settled: Settled, mark: "Mark", until: float) -> None:
+def _copy(driver: Driver, run: Run, settled: Settled, mark: "Mark", until: float) -> None:
     if run.plan.near is not None:
         state = State.FAILED if settled.failed else State.COMPLETED
-        since = int((monotonic() - settled.age) * 1e6)
+        since = int((driver.now() - settled.age) * 1e6)
         row = Row(state, settled.token, b"", run.fingerprint, since, codec=settled.codec, body=settled.body)
         run.plan.near.keep(mark, run.rid.text, row, until)
 
@@ -403,7 +402,7 @@ async def record(
     `confirm`: how the command is sent; None: until the backend answers or the lease ends.
     """
     plan = run.plan
-    mark, sent = None if plan.near is None else plan.near.mark(), monotonic()
+    mark, sent = None if plan.near is None else plan.near.mark(), driver.now()
     told: Answer | Exception | None = None
     if confirm is None:
         await driver.still(run)
@@ -416,7 +415,7 @@ async def record(
         recorded, stored = await _record(driver, run, settled, ttl, confirm, told)
     recorded = Settled(recorded.failed, run.token or 0, recorded.age, recorded.codec, recorded.body)
     if mark is not None and stored:
-        _copy(run, recorded, mark, sent + ttl)
+        _copy(driver, run, recorded, mark, sent + ttl)
     return recorded, stored
 
 

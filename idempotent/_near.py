@@ -13,7 +13,8 @@ What was asked of the backend before a forget and is answered after it is not ke
 import os
 import threading
 import weakref
-from time import monotonic, monotonic_ns
+from collections.abc import Callable
+from time import monotonic_ns
 
 from cachetools import TLRUCache
 
@@ -26,7 +27,7 @@ UNHEARD = 1_000_000
 """Microseconds for which a copy counts where nobody tells of what is forgotten."""
 
 Mark = tuple[int, int, int]
-"""What the copies' validity rests on at one moment, and that moment: microseconds of the monotonic clock."""
+"""What the copies' validity rests on at one moment, and that moment: microseconds of the clock."""
 
 
 def _micros() -> int:
@@ -39,14 +40,16 @@ class Near:
     Args:
         maxsize: how many there are at the most; the least recently used make room.
         backend: whose records they are of.
+        clock: the time in microseconds, the same as the drivers' of its calls. None: the monotonic clock.
     """
 
-    __slots__ = ("__weakref__", "_drops", "_lock", "_rows", "_session")
+    __slots__ = ("__weakref__", "_clock", "_drops", "_lock", "_rows", "_session")
 
-    def __init__(self, maxsize: int, backend: Backend) -> None:
+    def __init__(self, maxsize: int, backend: Backend, clock: Callable[[], int] | None = None) -> None:
+        self._clock = clock or _micros
         self._drops = 0
         self._rows: TLRUCache[str, Row] = TLRUCache(
-            maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=_micros
+            maxsize, ttu=lambda _key, row, _now: row.expires or 0, timer=self._clock
         )
         self._reset()
         _all.add(self)
@@ -63,24 +66,25 @@ class Near:
                 row = self._rows[text]
             except KeyError:
                 return None
-        now = _micros()
+        now = self._clock()
         if now >= row.lease_until and (not row.lease or row.lease != self._session()):
             return None
         return None if row.fingerprint != fingerprint else (row, now)
 
     def mark(self) -> Mark:
         """To be taken before the backend is asked for what is then to be kept."""
-        return self._session(), self._drops, _micros()
+        return self._session(), self._drops, self._clock()
 
     def keep(self, mark: Mark, text: str, row: Row, until: float) -> None:
-        """Keep a copy of `row` until `until` (monotonic seconds), unless something was forgotten since `mark`.
+        """Keep a copy of `row` until `until` (seconds of the clock), unless something was forgotten since `mark`.
 
-        The row's `since` is in microseconds of this process's monotonic clock.
+        The row's `since` is in microseconds of the clock.
         """
         session, drops, asked = mark
-        row = row._replace(lease=session, lease_until=asked + UNHEARD, expires=int(until * 1e6))
+        expires = int(until * 1e6)
+        row = row._replace(lease=session, lease_until=asked + UNHEARD, expires=expires)
         with self._lock:
-            if drops == self._drops and until > monotonic():
+            if drops == self._drops and expires > self._clock():
                 self._rows[text] = row
 
     def clear(self) -> None:

@@ -1,16 +1,15 @@
 """The explorer on answers from a process's own memory: the local backend's finder, and the near-cache."""
 
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import pytest
 from test_explorer import CALLS, failing_for_good, of_two_minds, too_late
 
 from idempotent import _flow as flow
+from idempotent import _machine as machine
 from idempotent import _near
 from idempotent._near import Near
-from idempotent._record import Row, State
+from idempotent._record import Record, RecordId, Row, Settled, State
 from idempotent.backends import local
 from idempotent.errors import FingerprintMismatch, InProgress
 from idempotent.testing import explore
@@ -20,7 +19,7 @@ from idempotent.testing.explorer import Caller, InMemory, Model, Telling, call, 
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was answered from memory, in time that is the caller's."""
+    """What was answered from memory."""
     told: list[str] = []
     at_hand = flow.at_hand
 
@@ -29,20 +28,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return at_hand(plan, text, found)
 
     monkeypatch.setattr(flow, "at_hand", noted)
-    monkeypatch.setattr(_near, "_micros", lambda: CLOCK.get()())
-    for module in (_near, flow):
-        monkeypatch.setattr(module, "monotonic", lambda: CLOCK.get()() / 1e6)
     return told
-
-
-CLOCK: ContextVar[Callable[[], int]] = ContextVar("clock", default=lambda: START)
-"""The time of the caller that runs, if it has a near-cache."""
-
-
-def give_near(caller: Caller) -> None:
-    """Give the caller's process a near-cache."""
-    CLOCK.set(lambda: caller.model.now)
-    caller.near = Near(10, caller.model)
 
 
 async def forget_if_ended(caller: Caller) -> None:
@@ -68,12 +54,21 @@ async def forgetting(caller: Caller) -> Any:
     return await twice(caller)
 
 
+async def forgetting_by_force(caller: Caller) -> Any:
+    """Each calls, and all but the first forget that by force and call again; without near-cache."""
+    await call(caller)
+    if caller.number:
+        assert caller.run is not None
+        await flow.forget(caller.run, force=True)
+    return await call(caller)
+
+
 async def near_twice(caller: Caller) -> Any:
     """The first caller has a near-cache and calls twice; the others forget what there is, and call."""
     if caller.number:
         await forget_if_ended(caller)
         return await call(caller)
-    give_near(caller)
+    caller.give_near()
     await call(caller)
     return await call(caller)
 
@@ -84,7 +79,7 @@ async def near_a_second_later(caller: Caller) -> Any:
         await caller.pause(0.5)
         await forget_if_ended(caller)
         return await call(caller)
-    give_near(caller)
+    caller.give_near()
     await call(caller)
     await caller.pause(1.6)
     return await call(caller)
@@ -94,7 +89,7 @@ async def near_own_forget(caller: Caller) -> Any:
     """The first caller has a near-cache, and forgets between two calls."""
     if caller.number:
         return await call(caller)
-    give_near(caller)
+    caller.give_near()
     await call(caller)
     await forget_if_ended(caller)
     return await call(caller)
@@ -102,7 +97,7 @@ async def near_own_forget(caller: Caller) -> Any:
 
 async def near_failing(caller: Caller) -> Any:
     """Each has a near-cache and calls twice what raises; the error is recorded."""
-    give_near(caller)
+    caller.give_near()
     try:
         await failing_for_good(caller)
     except KeyError:
@@ -112,7 +107,7 @@ async def near_failing(caller: Caller) -> Any:
 
 async def near_other_arguments(caller: Caller) -> Any:
     """Each has a near-cache, and calls with two kinds of arguments, the others the other way round."""
-    give_near(caller)
+    caller.give_near()
     one, two = (b"a" * 16, b"b" * 16)[:: 1 if caller.number else -1]
     for fingerprint in (one, two):
         try:
@@ -124,7 +119,7 @@ async def near_other_arguments(caller: Caller) -> Any:
 
 async def near_too_late(caller: Caller) -> Any:
     """Each has a near-cache, and calls again when the result has expired; the key is remembered."""
-    give_near(caller)
+    caller.give_near()
     await call(caller, ttl=10.0, remember=60.0)
     await caller.pause(50.0)
     return await call(caller, ttl=10.0, remember=60.0)
@@ -134,7 +129,7 @@ async def near_on_a_line_that_breaks(caller: Caller) -> Any:
     """As `near_a_second_later`, but the first caller hears nothing between its calls."""
     if caller.number:
         return await near_a_second_later(caller)
-    give_near(caller)
+    caller.give_near()
     model: Any = caller.model
     await call(caller)
     model.breaks()
@@ -143,15 +138,39 @@ async def near_on_a_line_that_breaks(caller: Caller) -> Any:
     return await call(caller)
 
 
+async def near_as_it_expires(caller: Caller) -> Any:
+    """The first caller has a near-cache, and calls again half a second after the result has expired."""
+    if caller.number:
+        return await call(caller, ttl=10.0, remember=60.0)
+    caller.give_near()
+    await call(caller, ttl=10.0, remember=60.0)
+    await caller.pause(10.5)
+    return await call(caller, ttl=10.0, remember=60.0)
+
+
+async def later(model: Model) -> None:
+    """The reply to a command comes nine tenths of a second after it was applied."""
+    until = model.now + 900_000
+    nothing, ready = lambda facts, rules: Applied(None, facts), lambda facts: facts.now >= until
+    await hand_over(Step("wait", nothing, ready=ready, deadline=until))
+
+
 class Slow(Model):
     """A store whose reply to a completion takes its time."""
 
     async def complete(self, *args: Any, **options: Any) -> Any:
         answer = await super().complete(*args, **options)
-        until = self.now + 900_000
-        nothing, ready = lambda facts, rules: Applied(None, facts), lambda facts: facts.now >= until
-        await hand_over(Step("wait", nothing, ready=ready, deadline=until))
+        await later(self)
         return answer
+
+
+class SlowReads(Telling):
+    """A store that tells of what is forgotten, and whose reply to a read takes its time."""
+
+    async def read(self, rid: RecordId) -> Record | None:
+        found = await super().read(rid)
+        await later(self)
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------- what ships
@@ -172,6 +191,7 @@ NEAR = [
     (near_too_late, Telling),
     (near_too_late, Model),
     (near_on_a_line_that_breaks, Telling),
+    (near_as_it_expires, SlowReads),
 ]
 
 
@@ -179,10 +199,15 @@ def named(value: Any) -> str | None:
     return getattr(value, "__name__", None)
 
 
-@pytest.mark.parametrize(("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model)], ids=named)
+@pytest.mark.parametrize(
+    ("scenario", "model"), [*FOUND, *NEAR, (forgetting, Model), (forgetting_by_force, Model)], ids=named
+)
 @pytest.mark.parametrize(
     ("callers", "crashes", "expiries", "lost_replies"),
-    [(1, 1, 1, 1), (2, 1, 1, 0), (2, 0, 0, 1), pytest.param(3, 0, 0, 0, marks=pytest.mark.soak)],
+    [
+        *((1, 1, 1, 1), (1, 0, 1, 2), (1, 1, 1, 2), (2, 1, 1, 0), (2, 0, 0, 1)),
+        pytest.param(3, 0, 0, 0, marks=pytest.mark.soak),
+    ],
 )
 def test_every_history_with_answers_from_memory_keeps_its_promises(
     scenario: Any, model: Any, callers: int, crashes: int, expiries: int, lost_replies: int
@@ -222,7 +247,7 @@ def test_all_answers_of_the_near_cache_are_the_stores_but_for_a_forget_by_others
 
 # -------------------------------------------------------------------------------------------------- planted bugs
 
-find, keep, look = Near.find, Near.keep, local._Store.look
+find, keep, look, on_forget, record = Near.find, Near.keep, local._Store.look, machine.on_forget, flow.record
 
 
 def find_without_fingerprint(near: Near, text: str, fingerprint: bytes) -> Any:
@@ -232,7 +257,7 @@ def find_without_fingerprint(near: Near, text: str, fingerprint: bytes) -> Any:
 
 def find_whatever_was_missed(near: Near, text: str, fingerprint: bytes) -> Any:
     row = near._rows.get(text)
-    return None if row is None or row.fingerprint != fingerprint else (row, _near._micros())
+    return None if row is None or row.fingerprint != fingerprint else (row, near._clock())
 
 
 def keep_past_the_ttl(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
@@ -244,7 +269,20 @@ def keep_what_was_asked_before_a_forget(near: Near, mark: Any, text: str, row: R
 
 
 def keep_from_the_reply_on(near: Near, mark: Any, text: str, row: Row, until: float) -> None:
-    keep(near, (*mark[:2], _near._micros()), text, row, until)
+    keep(near, (*mark[:2], near._clock()), text, row, until)
+
+
+async def copy_found_from_the_reply_on(driver: Any, run: Any, settled: Settled, mark: Any) -> None:
+    found = await run.plan.backend.read(run.rid)
+    if found is not None and found.state == "completed":
+        flow._copy(driver, run, settled, mark, driver.now() + found.expires_in)
+
+
+async def record_with_a_copy_in_any_case(driver: Any, run: Any, settled: Settled, ttl: float) -> tuple[Settled, bool]:
+    mark, sent = run.plan.near.mark(), driver.now()
+    recorded, stored = await record(driver, run, settled, ttl)
+    flow._copy(driver, run, recorded, mark, sent + ttl)
+    return recorded, stored
 
 
 def look_without_fingerprint(store: Any, key: str, fingerprint: bytes) -> Any:
@@ -254,6 +292,10 @@ def look_without_fingerprint(store: Any, key: str, fingerprint: bytes) -> Any:
 def look_at_what_has_expired(store: Any, key: str, fingerprint: bytes) -> Any:
     row = store.settled.get(key)
     return None if row is None or row.state is State.EXPIRED else (row, store.clock())
+
+
+def forget_that_forgets_nothing(row: Row | None, attempt: bytes, now: int, *, force: bool) -> Any:
+    return on_forget(row, attempt, now, force=force)[0], None
 
 
 PLANTS: dict[str, tuple[Any, str, Any, Any, Any, str]] = {
@@ -271,8 +313,13 @@ PLANTS: dict[str, tuple[Any, str, Any, Any, Any, str]] = {
         *(Near, "find", find_whatever_was_missed),
         *(near_on_a_line_that_breaks, Telling, "15."),
     ),
+    "a copy of what was found that counts from the reply on": (
+        *(flow, "_copy_found", copy_found_from_the_reply_on),
+        *(near_as_it_expires, SlowReads, "14."),
+    ),
     "a look without the fingerprint": (local._Store, "look", look_without_fingerprint, of_two_minds, InMemory, "13."),
     "a look at what has expired": (local._Store, "look", look_at_what_has_expired, too_late, InMemory, "14."),
+    "a forget that forgets nothing": (machine, "on_forget", forget_that_forgets_nothing, forgetting, Model, "16."),
     "a look that finds nothing": (local._Store, "look", lambda *_: None, twice, InMemory, "15."),
 }
 
@@ -285,3 +332,29 @@ def test_a_planted_bug_is_convicted(plant: str, monkeypatch: pytest.MonkeyPatch)
     found = explore(scenario, model=model, callers=2, crashes=0, expiries=0, lost_replies=0)
     assert found.violation is not None
     assert found.violation.promise.startswith(promise)
+
+
+@pytest.mark.parametrize(("crashes", "lost_replies"), [(0, 2), (1, 2)])
+def test_a_copy_of_an_outcome_that_was_not_stored_is_convicted(
+    monkeypatch: pytest.MonkeyPatch, crashes: int, lost_replies: int
+) -> None:
+    monkeypatch.setattr(flow, "record", record_with_a_copy_in_any_case)
+    found = explore(near_twice, model=Telling, callers=1, crashes=crashes, expiries=1, lost_replies=lost_replies)
+    assert found.violation is not None
+    assert found.violation.promise.startswith("15.")
+
+
+# ------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_what_is_found_in_memory_is_drawn_at_the_caller_with_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Near, "clear", lambda near: None)
+    found = explore(near_own_forget, model=Telling, callers=1, crashes=0, expiries=0, lost_replies=0).violation
+    assert found is not None
+    assert [what for _, what, _ in found.lines] == [
+        *("looks in memory", "claim", "EFFECT", "complete", "read", "forget by force", "forget"),
+        *("looks in memory", "finds token 0 in memory", "returns 1"),
+    ]
+    notes = [line for line in found.mermaid().splitlines() if "memory" in line]
+    looks, finds = "    Note over C1: looks in memory", "    Note over C1: finds token 0 in memory"
+    assert notes == [looks, looks, finds]

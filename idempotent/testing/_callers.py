@@ -56,7 +56,7 @@ class Caller:
         self.model = model
         self.flights = Flights()
         self.near: Near | None = None
-        """The near-cache of its process, whose clock is to be the caller's; None: there is none."""
+        """The near-cache of its process; None: there is none."""
         self._attempts = 0
         self.driver = _Virtual(model)
         self.run: Run | None = None
@@ -78,6 +78,10 @@ class Caller:
         """An attempt id that is the same whenever this is played again."""
         self._attempts += 1
         return b"%d.%d" % (self.number, self._attempts) + b" " * (ATTEMPT_BYTES - 3)
+
+    def give_near(self, maxsize: int = 10) -> None:
+        """Give its process a near-cache of so many records, in the caller's time."""
+        self.near = Near(maxsize, self.model, lambda: self.model.now)
 
     async def effect(self) -> Any:
         """Take effect on the world, once more each time: what must happen once. Returns a value of its own."""
@@ -404,7 +408,9 @@ async def _at_hand(caller: Caller, run: Run) -> flow.Replay | None:
     found = plan.find(run.rid.text, run.fingerprint)
     promise = model.judge_memory(seen, found, run.fingerprint)
     if found is not None or promise:
-        await hand_over(Step("memory", lambda facts, _rules: Applied(None, facts, promise), is_effect=True))
+        told = "nothing" if found is None else f"token {found[0].token - START}"
+        label = f"finds {told} in memory"
+        await hand_over(Step(label, lambda facts, _rules: Applied(None, facts, promise), is_effect=True))
     return None if found is None else flow.at_hand(plan, run.rid.text, found)
 
 

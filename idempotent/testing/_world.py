@@ -69,7 +69,7 @@ class Facts(NamedTuple):
     inside: tuple[tuple[int, int], ...] = ()
     """Who is in a critical section, and until when nobody else may be."""
     forgotten: tuple[tuple[int, int], ...] = ()
-    """Token and time of each recorded outcome that was forgotten; not by force, which is for what runs."""
+    """Token and time of each recorded outcome that was forgotten."""
 
     def row(self, text: str) -> Row | None:
         """The record of that id."""
@@ -258,7 +258,7 @@ class Model(Backend):
         def apply(facts: Facts, rules: Any) -> Applied:
             found = facts.row(text)
             reply, row = decide(rules, found, facts.now)
-            applied = _observed(facts, text, row, reply, forgets=label == "forget")
+            applied = _observed(facts, text, row, reply, forgets=label in ("forget", "forget by force"))
             return applied if applied.promise else applied._replace(promise=judge(found, reply, row, facts.now))
 
         return await hand_over(Step(label, apply))
@@ -370,17 +370,26 @@ class Model(Backend):
             found, left = rules.on_forget(row, attempt, now, force=force)
             return None if found is None else describe(rid, found, now), left
 
-        found: Record | None = await self._command("forget by force" if force else "forget", rid, decide)
+        def judge(row: Row | None, _reply: Any, stored: Row | None, now: int) -> str:
+            was, left = (None if each is None else describe(rid, each, now) for each in (row, stored or row))
+            if was is None or left is None or (was.state == "running" and not force):
+                return ""
+            return "16. a record that was to be forgotten is still there"
+
+        found: Record | None = await self._command("forget by force" if force else "forget", rid, decide, judge)
         if found is not None and found.state in ("completed", "failed"):
             self.told.add(found.token)
         return found
 
     async def look(self, rid: RecordId) -> Seen:
         """The record at the moment at which the caller looks into its own memory. No command of a backend."""
-        text = rid.text
-        seen: Seen = await hand_over(
-            Step("look", lambda facts, _rules: Applied(Seen(facts.row(text), facts.forgotten), facts), is_effect=True)
-        )
+        return await self._see("looks in memory", rid.text)
+
+    async def _see(self, label: str, text: str) -> Seen:
+        def apply(facts: Facts, _rules: Any) -> Applied:
+            return Applied(Seen(facts.row(text), facts.forgotten), facts)
+
+        seen: Seen = await hand_over(Step(label, apply, is_effect=True))
         return seen
 
     def judge_memory(self, seen: Seen, found: tuple[Row, int] | None, fingerprint: bytes) -> str:
@@ -470,13 +479,13 @@ class Telling(Model):
 
     async def listens_again(self) -> None:
         """There is another line; what was told meanwhile was missed."""
-        self._missed = {token for token, _ in (await super().look(RecordId("", ""))).forgotten}
+        self._missed = {token for token, _ in (await self._see("hears", "")).forgotten}
         self.session = 2
 
     async def _command(self, *args: Any, **options: Any) -> Any:
         reply = await super()._command(*args, **options)
         if self.session:
-            self._hear((await super().look(RecordId("", ""))).forgotten)
+            self._hear((await self._see("hears", "")).forgotten)
         return reply
 
     async def look(self, rid: RecordId) -> Seen:

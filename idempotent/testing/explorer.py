@@ -15,11 +15,12 @@ has finished leaves no running record of its own; 10. an owner is refused only i
 applied twice changes nothing and answers the same; 12. nobody enters a lock while another surely holds it; 13. no call is
 answered from the outcome of other arguments, nor refused for its own; 14. a key that is remembered past its result's ttl is
 neither free nor tells the result; 15. what a process answers from its own memory is what the store would answer, but for a
-forget that it was not told of, for a second at the most.
+forget that it was not told of, for a second at the most; 16. what was forgotten is not there any more, unless it was running
+and not forgotten by force.
 
 What is not explored: a command and its reply are one step, so no lease ends between them, and a command that was lost is
-not applied later; the callers share no process, but for the records of a store in their memory; heartbeats beat where a
-scenario lets them.
+not applied later; what a store tells of a forget is heard by the next reply, and never later, as it may be of a server;
+the callers share no process, but for the records of a store in their memory; heartbeats beat where a scenario lets them.
 """
 
 import itertools
@@ -44,7 +45,7 @@ from idempotent.errors import (
     SerializationError,
 )
 from idempotent.testing._callers import Caller, End, Local, Move, Scenario, Troupe, call, forget, hold, unavailable
-from idempotent.testing._world import SETTLED, START, Facts, InMemory, Model, Step, Telling, World, Worlds
+from idempotent.testing._world import SETTLED, START, Facts, InMemory, Model, Seen, Step, Telling, World, Worlds
 
 __all__ = [
     "Caller",
@@ -104,7 +105,7 @@ class Violation:
         for who, what, came in self.lines:
             if who == "time":
                 rows.append(f"    Note over S: {what}")
-            elif what.startswith(("EFFECT", "RUNS", "dies", "leave", "returns", "raises")):
+            elif what.startswith(("EFFECT", "RUNS", "dies", "leave", "looks", "finds", "returns", "raises")):
                 rows.append(f"    Note over {short[who]}: {what}")
             else:
                 rows.append(f"    {short[who]}->>S: {what}")
@@ -300,7 +301,7 @@ def _lines(choice: _Choice, before: World, after: World) -> Iterator[tuple[str, 
     if move is not None and step is not None:
         if choice.what in _LOSSES:
             yield name, step.label + choice.what, "no answer" if choice.what is not _LOSSES[0] else _words(move.reply)
-        elif step.label not in ("sleep", "wait"):
+        elif step.label not in ("hears", "sleep", "wait"):
             yield name, step.label, _words(move.reply)
         end = move.after.end
         if end is not None and choice.what != "does it and dies":
@@ -310,7 +311,7 @@ def _lines(choice: _Choice, before: World, after: World) -> Iterator[tuple[str, 
 
 
 def _words(reply: Any) -> str:
-    if reply is None:
+    if reply is None or isinstance(reply, Seen):
         return ""
     if isinstance(reply, Answer):
         return reply.value
