@@ -17,8 +17,9 @@ not. The floor of a store is the commands that nobody can do without, on its usu
   on the same one, which leaves out what waking another CPU costs; the targets are about it where it can be had.
 - Growth: our calls beside stores of a thousand, a hundred thousand and a million records, as ratios to the smallest.
 - Costs: bytes in Redis and in the process, imports, hooks for events, and several processes at once.
-- `--quick` measures all this for shorter, and leaves out a million records, storms in eight processes on other stores than
-  Redis, the throughput of PostgreSQL, and calls on "all CPUs" where "one CPU" can be had.
+- `--quick` measures all this for shorter, and leaves out stores of more than 20,000 records, storms in eight processes but
+  those of sync code on Redis, the storm in front that opens connections, the throughput of PostgreSQL, and calls on
+  "all CPUs" where "one CPU" can be had.
 
 The servers are started for the run, from PATH or from wheels; those that are given by URL must serve nobody else.
 """
@@ -38,8 +39,8 @@ from benchmarks._sections import SECTIONS, Bench, Result
 from benchmarks._server import postgres_server, redis_server, versions
 
 _QUICK = (
-    "--quick: shorter and noisier, without a million records, storms in eight processes off Redis,"
-    " PostgreSQL's throughput and calls on all CPUs"
+    "--quick: shorter and noisier, without large stores, storms in eight processes but one, PostgreSQL's throughput"
+    " and calls on all CPUs"
 )
 
 
