@@ -404,14 +404,15 @@ async def record(
     plan = run.plan
     mark, sent = None if plan.near is None else plan.near.mark(), driver.now()
     told: Answer | Exception | None = None
+    until = 0.0
     if confirm is None:
         await driver.still(run)
         until = _last_moment(driver, run)
         told = await _record_at_once(run, settled, ttl)  # as it nearly always can be
-        confirm = functools.partial(_confirm, until=until)
     if told is Answer.DONE:
         recorded, stored = settled, True
     else:
+        confirm = confirm or functools.partial(_confirm, until=until)
         recorded, stored = await _record(driver, run, settled, ttl, confirm, told)
     recorded = Settled(recorded.failed, run.token or 0, recorded.age, recorded.codec, recorded.body)
     if mark is not None and stored:
@@ -453,7 +454,10 @@ async def _record(
         if told is not None:
             first, told = told, None
             if isinstance(first, Exception):
-                raise first
+                try:
+                    raise first
+                finally:
+                    del first  # or the error, and by it the outcome, is kept in a cycle
             gone = first is Answer.GONE
             if not gone:
                 return first
@@ -604,8 +608,9 @@ async def _confirm(
 ) -> bool:
     """Send the last step of a run until the backend answers or the lease ends; whether it was applied.
 
-    `until`: `_last_moment` from before the step was sent first; None: it is sent first here. Where the backend refuses the step, or has not taken it for most of the lease, `fallback` is tried after it. Raises
-    LeaseLost only when another attempt holds the record.
+    `until`: `_last_moment` from before the step was sent first; None: it is sent first here. Where the backend refuses the
+    step, or has not taken it for most of the lease, `fallback` is tried after it. Raises LeaseLost only when another
+    attempt holds the record.
     """
     await driver.still(run)
     plan = run.plan

@@ -1,9 +1,11 @@
 """A backend that fails, before the run, during it and after it, on every backend and in both colours."""
 
 import asyncio
+import gc
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -544,6 +546,35 @@ def test_an_outcome_is_sent_again_until_the_lease_ends_counted_from_before_it_wa
     run.token, run.valid_until = 1, driver.clock + 0.99
     replay = drive(flow.settle(driver, run, 1))  # type: ignore[arg-type]
     assert (replay.value, replay.stored, driver.clock) == (1, False, 101.0)
+
+
+def test_what_was_sent_again_is_not_kept_in_a_cycle(colour: Colour) -> None:
+    class Argument:
+        pass
+
+    class OutOnce(LocalBackend):
+        is_out = True
+
+        async def complete(self, *args: Any, **kwargs: Any) -> Any:
+            if self.is_out:
+                self.is_out = False
+                raise BackendUnavailable("out")
+            return await super().complete(*args, **kwargs)
+
+    def charge(order: str, _argument: Argument) -> str:
+        return order
+
+    guarded = colour.define(charge, backend=OutOnce(), key="{order}", ignore=("_argument",))
+    argument = Argument()
+    gone = weakref.ref(argument)
+    gc.collect()
+    gc.disable()
+    try:
+        assert colour.call(guarded, "a", argument) == "a"
+        del argument
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------------- claims without an answer

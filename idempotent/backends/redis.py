@@ -37,7 +37,6 @@ import math
 import os
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import AsyncIterator
 from functools import cached_property, lru_cache
@@ -70,6 +69,7 @@ from idempotent._record import (
     ATTEMPT_BYTES,
     LOCKS,
     SETTLED,
+    STEPS,
     Answer,
     Busy,
     Claim,
@@ -90,6 +90,7 @@ from idempotent.backends._redis_links import Link, Send, is_refused
 from idempotent.backends._redis_sources import servers_of
 from idempotent.backends.base import Copies, Heed, micros, poll
 from idempotent.errors import BackendError, BackendUnavailable
+from idempotent.events import logger
 
 __all__ = ["RedisBackend"]
 
@@ -118,9 +119,9 @@ _TRANSIENT_CODES = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
 _OUT = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ReadOnlyError)
 _OUT_CODES = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "max number of")
-_UNGRANTED = "The user executing the script"
-"""How Redis 7.0 begins to say that a user may not give a command that a script gives."""
 """Error replies of a server that does not serve us, now or for good."""
+_UNGRANTED = "The user executing the script"
+"""How Redis 7.0 says that a user may not give a command that a script gives; later ones say it as of any command."""
 
 
 class _Script:
@@ -325,18 +326,18 @@ class RedisBackend(Coloured[Link]):
 
     async def forget(self, rid: RecordId, *, force: bool = False) -> Record | None:
         attempt = os.urandom(ATTEMPT_BYTES)
-        told = b"" if self._servers.is_cluster else self._forgotten  # there it would be another node's message
+        # On a cluster it would be another node's message; and of steps there are no copies.
+        told = b"" if self._servers.is_cluster or rid.space == STEPS else self._forgotten
         ask = (attempt, b"1" if force else b"0", _TOMBSTONE, told)
         reply = await self._run(_FORGET, rid, ask, self.timeout)
         found = _found(reply)
         if found is None:
             return None
         if len(reply) > 3:
-            warnings.warn(
+            logger.warning(
                 "the record is forgotten, but Redis does not let this user tell of it: copies in other processes"
-                f" (near_cache=) may go on answering until their ttl. Grant +publish and the channels &{self.prefix}:*",
-                RuntimeWarning,
-                stacklevel=2,
+                " (near_cache=) that could listen may go on answering until their ttl. Grant +publish, and the channels &%s:*",
+                self.prefix,
             )
         row, _ = machine.on_forget(found[0], attempt, found[1], force=force)
         return None if row is None else describe(rid, row, found[1])
@@ -556,7 +557,7 @@ def _failure(error: Exception) -> BackendError:
             " give the backend a prefix= of its own"
         )
     # A script's error names the line before the reason.
-    if _UNGRANTED in text or "NOPERM" in text:
+    if isinstance(error, NoPermissionError) or _UNGRANTED in text or "NOPERM" in text:
         return BackendUnavailable(
             f"Redis does not serve this: {text}. The user lacks a permission; `python -m idempotent doctor` says which"
         )

@@ -1,5 +1,6 @@
 """`idempotent forget`: remove a record and its steps, so that the next call runs."""
 
+import logging
 from argparse import ArgumentParser, Namespace
 
 from idempotent.cli import find
@@ -24,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Forget the record, if that is allowed and confirmed."""
     name = find.parse(options)
+    logging.basicConfig(format="%(message)s")  # for what the backend warns of
     with open_store(url_of(options)) as backend:
         record = find.find(backend, name, options.namespace)
         confirm(
